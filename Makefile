@@ -1,0 +1,36 @@
+# make book | test | bench | notebooks: each sets up what it needs by itself, in .venv, and a second call reuses it.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+SITE := _build/html
+
+.PHONY: book test bench notebooks clean
+.DELETE_ON_ERROR:
+
+book: $(INSTALLED)  ## build the rendered book from the stored outputs, warnings are errors
+	rm -rf _build
+	$(BIN)/jupyter-book build -W -n --keep-going . --quiet
+	$(BIN)/python -m pytest tests/test_site.py --site $(SITE) --quiet
+	@echo "Open $(CURDIR)/$(SITE)/index.html"
+
+test: $(INSTALLED)  ## run every notebook, comparing its outputs, and the tests of the package and of the book
+	$(BIN)/python -m pytest --nbval --nbval-current-env --nbval-cell-timeout=300
+
+bench: $(INSTALLED)  ## time the attention against PyTorch's and write book/runs/bench/
+	$(BIN)/python book/bench.py
+
+notebooks: $(INSTALLED)  ## bring the chapters in line with the package and the records, and run them
+	$(BIN)/python book/results.py
+	$(BIN)/python book/sync.py
+
+$(INSTALLED): requirements.txt constraints.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "Python 3.10 or newer is needed, $$($(PYTHON) --version) was found: run make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { echo "could not create $(VENV): on Debian or Ubuntu, apt install python3-venv"; exit 1; }
+	$(BIN)/python -m pip install --quiet --requirement requirements.txt --constraint constraints.txt
+	$(BIN)/python -m pip install --quiet --no-deps --editable .
+	@touch $@
+
+clean:  ## remove what the other targets made
+	rm -rf $(VENV) _build xvit_minimal.egg-info

@@ -1,0 +1,184 @@
+"""Fill the tables and the picture of the landing page and the README from the run records.
+
+    python book/results.py            rewrite book/index.md, README.md and book/figures/ (part of `make notebooks`)
+    python book/results.py --check    change nothing, exit 1 if a page differs from its records
+
+A page holds `<!-- from the records: NAME -->` ... `<!-- end -->`; what stands between is this file's, not a writer's.
+"""
+
+import argparse
+import difflib
+import hashlib
+import inspect
+import json
+import re
+import sys
+
+import matplotlib.pyplot as plt
+from matplotlib.image import imread
+
+from bench import slopes
+from sync import ROOT, write
+from xvit_minimal import SoftmaxAttention, XNormAttention
+
+RECORD = "book/runs/bench/attention-cpu.json"
+PATCH = 16  # px; a square image of side s has (s / 16)² tokens
+PAGES = ["book/index.md", "README.md"]
+INK = {"light": "#222222", "dark": "#DDDDDD"}
+
+
+def record():
+    path = ROOT / RECORD
+    if not path.exists():
+        raise FileNotFoundError(f"{RECORD} is missing: run `make bench`, which writes it")
+    return json.loads(path.read_text())
+
+
+def row(run, what, direction, N):
+    return next(r for r in run["results"] if (r["what"], r["pass"], r["tokens"]) == (what, direction, N))
+
+
+def slope(run, what, direction):
+    return next(s for s in slopes(run["results"]) if (s["what"], s["pass"]) == (what, direction))
+
+
+def code_lines(module):
+    """The lines of a module's code, without its docstring and its class line."""
+    source = inspect.getsource(module).replace(module.__doc__, "").splitlines()
+    return [line for line in source[1:] if line.strip().strip('"')]
+
+
+def changed_lines():
+    """How many lines of XNormAttention do not stand in SoftmaxAttention."""
+    diff = difflib.ndiff(code_lines(SoftmaxAttention), code_lines(XNormAttention))
+    return sum(line.startswith("+ ") for line in diff)
+
+
+def claims(run):
+    forward, backward = slope(run, "contiguous", "forward"), slope(run, "contiguous", "forward+backward")
+    far, far_back = row(run, "contiguous", "forward", 4096), row(run, "contiguous", "forward+backward", 4096)
+    module = row(run, "module", "forward", 4096)
+    later = "not yet measured"
+    return [
+        ("softmax attention costs O(N²)", "[2](part1/02_quadratic_bill)",
+         f"time of `scaled_dot_product_attention` grows as N^{forward['softmax_seconds_slope']:.2f}"),
+        ("its own attention is linear", "[4](part2/04_factorize), [6](part2/06_a_few_lines)",
+         f"time grows as N^{forward['xnorm_seconds_slope']:.2f} (N^{backward['xnorm_seconds_slope']:.2f} with the backward "
+         f"pass), memory as N^{forward['xnorm_peak_bytes_slope']:.2f}"),
+        ("the softmax is eliminated", "[3](part2/03_kernel_smoother), [4](part2/04_factorize)",
+         "shown: with a softmax in between, the output is no function of Q and KᵀV"),
+        ("factorized without a complicated approximation", "[3](part2/03_kernel_smoother), [4](part2/04_factorize)",
+         "shown: (QKᵀ)V = Q(KᵀV) to the rounding of float64"),
+        ("a few changed lines", "[6](part2/06_a_few_lines)", f"{changed_lines()} lines differ between the two modules"),
+        ("faster inference", "[6](part2/06_a_few_lines)",
+         f"at 4,096 tokens {far['ratio']:.0f}× (forward), {far_back['ratio']:.0f}× (forward and backward); "
+         f"the whole module {module['ratio']:.1f}×"),
+        ("less GPU memory", "[2](part1/02_quadratic_bill), [6](part2/06_a_few_lines)",
+         f"on a CPU, against PyTorch's fused softmax: {far['xnorm_peak_bytes'] / far['softmax_peak_bytes']:.1f} times its "
+         "memory, since both are linear; on a GPU " + later),
+        ("better classification than most transformers", "11 to 13", later),
+        ("better dense prediction than most transformers", "14 and 15", later),
+    ]
+
+
+def claims_table(run, links):
+    lines = ["| The paper claims | Chapter | What we measured |", "|---|---|---|"]
+    for claim, where, measured in claims(run):
+        lines.append(f"| {claim} | {where if links else re.sub(r'[(].*?[)]|[][]', '', where)} | {measured} |")
+    return "\n".join(lines)
+
+
+def speed_table(run):
+    lines = ["| tokens N | image at patch 16 | forward | forward + backward | whole module, forward |", "|---|---|---|---|---|"]
+    for N in sorted({r["tokens"] for r in run["results"]}):
+        cells = [row(run, what, direction, N) for what, direction in
+                 [("contiguous", "forward"), ("contiguous", "forward+backward"), ("module", "forward")]]
+        ratios = " | ".join(f"{c['ratio']:.2f}× ({c['ratio_min']:.2f}–{c['ratio_max']:.2f})" for c in cells)
+        lines.append(f"| {N:,} | {PATCH * round(N**0.5):,} px | {ratios} |")
+    return "\n".join(lines)
+
+
+def caption(run):
+    return (f"{run['hardware']['cpu']}, {run['hardware']['cores']} threads, float32, "
+            f"{run['config']['heads']} heads of {run['config']['channels_per_head']} channels, torch "
+            f"{run['versions']['torch']}, median of {run['config']['rounds']} rounds; recorded by `{run['command']}` "
+            f"in `{RECORD}`.")
+
+
+def blocks(run):
+    return {
+        "claims": claims_table(run, links=True), "claims, plain": claims_table(run, links=False),
+        "speed": speed_table(run), "how it was measured": caption(run),
+    }
+
+
+def fill(text, run):
+    """The page with every marked part renewed; an unknown name is an error."""
+    known = blocks(run)
+
+    def renew(match):
+        if match["name"] not in known:
+            raise ValueError(f"unknown part {match['name']!r}, expected one of {sorted(known)}: correct the marker")
+        return f"<!-- from the records: {match['name']} -->\n\n{known[match['name']]}\n\n<!-- end -->"
+
+    return re.sub(r"<!-- from the records: (?P<name>.*?) -->.*?<!-- end -->", renew, text, flags=re.DOTALL)
+
+
+def fingerprint(run):
+    """Identifies the record and the drawing code that a picture was made from."""
+    return hashlib.sha256((json.dumps(run, sort_keys=True) + inspect.getsource(draw)).encode()).hexdigest()
+
+
+def draw(run, mode):
+    """Time of one image's attention against the image's side, both methods, both measured."""
+    colour = {"softmax": "#D55E00", "xnorm": "#0072B2" if mode == "light" else "#56B4E9"}
+    names = {"softmax": "softmax\n(PyTorch's fused kernel)", "xnorm": "X-ViT"}
+    with plt.rc_context({"text.color": INK[mode], "axes.labelcolor": INK[mode], "axes.edgecolor": INK[mode], "font.size": 12,
+                         "xtick.color": INK[mode], "ytick.color": INK[mode], "figure.constrained_layout.use": True}):
+        figure, axes = plt.subplots(figsize=(7, 4.2))
+        rows = [r for r in run["results"] if (r["what"], r["pass"]) == ("contiguous", "forward")]
+        sides = [PATCH * r["tokens"] ** 0.5 for r in rows]
+        for method in ("softmax", "xnorm"):
+            times = [1e3 * r[f"{method}_seconds"] / r["batch"] for r in rows]
+            axes.loglog(sides, times, "o-", color=colour[method], linewidth=2.5)
+            grows = slope(run, "contiguous", "forward")[f"{method}_seconds_slope"]
+            axes.annotate(f"{names[method]}\ntime ~ tokens$^{{{grows:.2f}}}$", (sides[-1], times[-1]), xytext=(10, 0),
+                          textcoords="offset points", color=colour[method], va="center", annotation_clip=False)
+        axes.set_xticks(sides, [f"{side:,.0f}" for side in sides])
+        axes.minorticks_off()
+        axes.set(xlabel="side of the image, pixels (patches of 16 x 16)", ylabel="attention, milliseconds per image")
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+        path = ROOT / f"book/figures/cost-{mode}.png"
+        path.parent.mkdir(exist_ok=True)
+        figure.savefig(path, dpi=160, transparent=True, metadata={"Description": fingerprint(run), "Software": None})
+        plt.close(figure)
+
+
+def stale(run):
+    """What differs from the records, as messages."""
+    found = [f"{page}: its figures differ from {RECORD}: run `make notebooks`" for page in PAGES
+             if (ROOT / page).read_text() != fill((ROOT / page).read_text(), run)]
+    for mode in INK:
+        path = ROOT / f"book/figures/cost-{mode}.png"
+        if not path.exists() or fingerprint(run).encode() not in path.read_bytes() or imread(path).ndim != 3:
+            found.append(f"book/figures/cost-{mode}.png was not drawn from {RECORD} as it is: run `make notebooks`")
+    return found
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="change nothing, exit 1 if a page differs from its records")
+    run = record()
+    if not parser.parse_args(argv).check:
+        for page in PAGES:
+            write(fill((ROOT / page).read_text(), run), ROOT / page)
+        for mode in INK:
+            draw(run, mode)
+    for message in stale(run):
+        print(message)
+    sys.exit(1 if stale(run) else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,312 @@
+"""The attention against references written with loops, in every precision, and everything a caller may do to it."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from xvit_minimal import SoftmaxAttention, XNormAttention, softmax_attention, xnorm, xnorm_attention
+
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}
+MODULES = [SoftmaxAttention, XNormAttention]
+FUNCTIONS = [softmax_attention, xnorm_attention]
+
+
+def loop_xnorm_attention(q, k, v, gamma_q=1.0, gamma_kv=1.0):
+    """The definition with loops over channels, in float64; q, k, v (..., tokens, channels)."""
+    q, k, v = q.double(), k.double(), v.double()
+    d, width = k.shape[-1], v.shape[-1]
+    columns = []
+    for e in range(width):
+        column = [(k[..., c] * v[..., e]).sum(-1) for c in range(d)]  # d entries of one column of KᵀV
+        length = sum(entry**2 for entry in column).sqrt()
+        columns.append([torch.where(length > 0, gamma_kv * entry / length, 0.0) for entry in column])
+    length = sum(q[..., c] ** 2 for c in range(d)).sqrt()
+    out = [sum(q[..., c] * columns[e][c][..., None] for c in range(d)) for e in range(width)]
+    return torch.stack([torch.where(length > 0, gamma_q * o / length, 0.0) for o in out], dim=-1)
+
+
+def loop_softmax_attention(q, k, v):
+    """The definition with a loop over queries, in float64."""
+    q, k, v = q.double(), k.double(), v.double()
+    rows = []
+    for n in range(q.shape[-2]):
+        weight = ((q[..., n : n + 1, :] * k).sum(-1) / math.sqrt(q.shape[-1])).exp()
+        rows.append((weight[..., None] * v).sum(-2) / weight.sum(-1, keepdim=True))
+    return torch.stack(rows, dim=-2)
+
+
+def relative(out, reference):
+    return ((out.double() - reference).norm() / reference.norm()).item()
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("std", [0.01, 1.0, 10.0])
+@pytest.mark.parametrize("mean", [0.0, 1.0])
+@pytest.mark.parametrize("N", [1, 2, 17, 196, 65536])
+def test_xnorm_attention_equals_the_loops_in_every_precision(N, mean, std, dtype):
+    torch.manual_seed(N)
+    q, k, v = ((torch.randn(6, N, 8) * std + mean).to(dtype).requires_grad_() for _ in range(3))
+    out = xnorm_attention(q, k, v)
+    assert out.dtype == dtype and out.isfinite().all()
+    assert relative(out, loop_xnorm_attention(q.detach(), k.detach(), v.detach())) < TOLERANCE[dtype]
+    for upstream in (torch.ones_like(out), torch.randn_like(out)):
+        for gradient in torch.autograd.grad(out, (q, k, v), upstream, retain_graph=True):
+            assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_gradients_in_half_precision_agree_with_float64(dtype):
+    q, k, v = ((torch.randn(2, 256, 32) + 0.5).to(dtype).requires_grad_() for _ in range(3))
+    exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    upstream = torch.randn(2, 256, 32).to(dtype)
+    ours = torch.autograd.grad(xnorm_attention(q, k, v), (q, k, v), upstream)
+    reference = torch.autograd.grad(xnorm_attention(*exact), exact, upstream.double())
+    for gradient, expected in zip(ours, reference):
+        assert relative(gradient, expected) < 2 * TOLERANCE[dtype]
+
+
+def test_gradients_are_the_numerical_ones():
+    inputs = [torch.randn(2, 5, 3, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    gammas = [torch.tensor([[[1.5]], [[-0.5]]], dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    assert torch.autograd.gradcheck(xnorm_attention, (*inputs, *gammas))
+
+
+def test_softmax_attention_equals_the_loops():
+    q, k, v = torch.randn(7, 4), torch.randn(9, 4), torch.randn(9, 5)
+    assert relative(softmax_attention(q, k, v), loop_softmax_attention(q, k, v)) < 1e-5
+
+
+def test_every_column_of_the_normalized_kv_has_length_gamma():
+    k, v = torch.randn(100, 8, dtype=torch.float64), torch.randn(100, 6, dtype=torch.float64)
+    unit_queries = torch.eye(8, dtype=torch.float64)  # they read out the rows of the normalized KᵀV
+    for gamma in (1.0, -2.5):
+        kv_hat = xnorm_attention(unit_queries, k, v, gamma_kv=gamma)  # (8, 6)
+        torch.testing.assert_close(kv_hat.norm(dim=-2), torch.full((6,), abs(gamma), dtype=torch.float64))
+        assert (kv_hat.norm(dim=-1) - abs(gamma)).abs().max() > 0.01  # the other axis is told apart
+
+
+def test_gamma_per_head_scales_each_head():
+    q, k, v = (torch.randn(2, 3, 10, 4, dtype=torch.float64) for _ in range(3))
+    gamma_q, gamma_kv = (torch.randn(3, 1, 1, dtype=torch.float64) for _ in range(2))
+    out = xnorm_attention(q, k, v, gamma_q, gamma_kv)
+    torch.testing.assert_close(out, xnorm_attention(q, k, v) * gamma_q * gamma_kv)
+
+
+@pytest.mark.parametrize("dtype", [*TOLERANCE, torch.float64], ids=str)
+@pytest.mark.parametrize("what", ["query", "value channel", "all"])
+def test_a_vector_without_direction_gives_zeros_and_finite_gradients(what, dtype):
+    q, k, v = (torch.randn(2, 12, 4).to(dtype) for _ in range(3))
+    if what == "query":
+        q[0, 3] = 0
+    elif what == "value channel":
+        v[:, :, 2] = 0
+    else:
+        q, k, v = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    q.requires_grad_(), k.requires_grad_(), v.requires_grad_()
+    out = xnorm_attention(q, k, v)
+    zero = {"query": out[0, 3], "value channel": out[:, :, 2], "all": out}[what]
+    assert zero.eq(0).all()
+    gradients = torch.autograd.grad(out.sum(), (q, k, v))
+    assert all(g.isfinite().all() for g in gradients)
+    if what == "all":
+        assert all(g.eq(0).all() for g in gradients)
+
+
+def test_xnorm_gives_vectors_the_length_gamma():
+    x = torch.randn(5, 6, 7, dtype=torch.float64)
+    for dim in (-1, 0, 1, (1, 2)):
+        lengths = torch.linalg.vector_norm(xnorm(x, gamma=3.0, dim=dim), dim=dim)
+        torch.testing.assert_close(lengths, torch.full_like(lengths, 3.0))
+    assert xnorm(torch.tensor([1e-6, 0.0]), eps=1e-3).tolist() == [0.0, 0.0]
+    long = torch.full((1, 1024), 1000.0, dtype=torch.float16)  # its length, 32,000, fits; its sum of squares does not
+    torch.testing.assert_close(xnorm(long), torch.full_like(long, 1 / 32))
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_cross_attention_and_values_of_another_width(function):
+    q, k, v = torch.randn(2, 3, 5, 8), torch.randn(2, 3, 11, 8), torch.randn(2, 3, 11, 6)
+    out = function(q, k, v)
+    assert out.shape == (2, 3, 5, 6)
+    loop = loop_xnorm_attention if function is xnorm_attention else loop_softmax_attention
+    assert relative(out, loop(q, k, v)) < 1e-5
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_a_masked_token_changes_nothing(function):
+    q, k, v = (torch.randn(2, 3, 10, 4) for _ in range(3))
+    mask = torch.zeros(2, 1, 10, dtype=torch.bool)
+    mask[0, :, 7:] = True
+    out = function(q, k, v, key_padding_mask=mask)
+    torch.testing.assert_close(out[0], function(q[:1], k[:1, :, :7], v[:1, :, :7])[0])
+    torch.testing.assert_close(out[1], function(q[1:], k[1:], v[1:])[0])
+    k[0, :, 7:], v[0, :, 8:] = float("nan"), float("inf")  # padding may hold anything
+    torch.testing.assert_close(function(q, k, v, key_padding_mask=mask), out)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_module_ignores_masked_tokens(module):
+    layer, x = module(12, num_heads=3), torch.randn(2, 9, 12)
+    mask = torch.zeros(2, 9, dtype=torch.bool)
+    mask[1, 5:] = True
+    out = layer(x, key_padding_mask=mask)
+    torch.testing.assert_close(out[1, :5], layer(x[1:, :5])[0])
+    assert not torch.allclose(layer(x)[1, :5], out[1, :5])
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_module_equals_its_heads_one_by_one(module):
+    layer = module(12, num_heads=3, qkv_bias=True).double()
+    for name, parameter in layer.named_parameters():
+        if "gamma" in name:
+            nn.init.normal_(parameter)
+    x = torch.randn(2, 7, 12, dtype=torch.float64)
+    q, k, v = layer.qkv(x).split(12, dim=-1)  # each (B, N, C)
+    heads = []
+    for h in range(3):
+        part = slice(4 * h, 4 * h + 4)
+        if module is XNormAttention:
+            gammas = layer.gamma_q[h].item(), layer.gamma_kv[h].item()
+            heads.append(loop_xnorm_attention(q[..., part], k[..., part], v[..., part], *gammas))
+        else:
+            heads.append(loop_softmax_attention(q[..., part], k[..., part], v[..., part]))
+    torch.testing.assert_close(layer(x), layer.proj(torch.cat(heads, dim=-1)))
+
+
+def test_state_dict_keys_are_those_of_timm():
+    assert list(SoftmaxAttention(8, 2, qkv_bias=True).state_dict()) == ["qkv.weight", "qkv.bias", "proj.weight", "proj.bias"]
+    extra = XNormAttention(8, 2).load_state_dict(SoftmaxAttention(8, 2).state_dict(), strict=False)
+    assert extra.missing_keys == ["gamma_q", "gamma_kv"] and not extra.unexpected_keys
+    layer = XNormAttention(8, 2)
+    assert layer.gamma_q.shape == layer.gamma_kv.shape == (2, 1, 1)
+    assert layer.gamma_q.eq(1).all() and layer.gamma_kv.eq(1).all()
+
+
+def test_weights_of_torch_multihead_attention_move_over():
+    theirs, ours = nn.MultiheadAttention(12, 3, batch_first=True), SoftmaxAttention(12, 3, qkv_bias=True)
+    state = theirs.state_dict()
+    ours.load_state_dict({"qkv.weight": state["in_proj_weight"], "qkv.bias": state["in_proj_bias"],
+                          "proj.weight": state["out_proj.weight"], "proj.bias": state["out_proj.bias"]})
+    x, mask = torch.randn(2, 6, 12), torch.zeros(2, 6, dtype=torch.bool)
+    mask[0, 4:] = True
+    expected = theirs(x, x, x, key_padding_mask=mask, need_weights=False)[0]
+    torch.testing.assert_close(ours(x, key_padding_mask=mask), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_invariances():
+    q, k, v = (torch.randn(3, 20, 6, dtype=torch.float64) for _ in range(3))
+    out = xnorm_attention(q, k, v)
+    same = torch.testing.assert_close
+    same(xnorm_attention(q * 7, k * 0.01, v * 300), out)
+    same(xnorm_attention(q * torch.rand(3, 20, 1).double().add(0.1), k, v), out)  # each query on its own
+    same(xnorm_attention(q, k, v * torch.rand(3, 1, 6).double().add(0.1)), out)  # each value channel on its own
+    same(xnorm_attention(q, k.repeat(1, 4, 1), v.repeat(1, 4, 1)), out)
+    order = torch.randperm(20)
+    same(xnorm_attention(q[:, order], k[:, order], v[:, order]), out[:, order])
+    assert out.abs().max() <= 1
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_non_contiguous_inputs(function):
+    fused = torch.randn(2, 9, 3, 4, 8)  # (B, N, 3, h, d), as a fused qkv layer gives it
+    q, k, v = fused.permute(2, 0, 3, 1, 4).unbind(0)
+    assert not q.is_contiguous()
+    torch.testing.assert_close(function(q, k, v), function(q.contiguous(), k.contiguous(), v.contiguous()))
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast(function, dtype):
+    q, k, v = (torch.randn(2, 3, 30, 8) + 1 for _ in range(3))
+    expected = function(q, k, v)
+    with torch.autocast("cpu", dtype):
+        assert relative(function(q, k, v), expected.double()) < TOLERANCE[dtype]
+        layer = XNormAttention(12, 3)
+        assert layer(torch.randn(2, 9, 12)).dtype == dtype
+
+
+def test_autocast_to_float16_does_not_overflow_at_65536_tokens():
+    q, k, v = (torch.ones(65536, 4) for _ in range(3))
+    with torch.autocast("cpu", torch.float16):
+        assert xnorm_attention(q, k, v).isfinite().all()
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_compile_without_graph_breaks(module):
+    torch._dynamo.reset()
+    layer, x = module(12, num_heads=3), torch.randn(2, 9, 12)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), layer(x))
+    compiled(x).sum().backward()
+    assert all(p.grad.isfinite().all() for p in layer.parameters())
+
+
+def test_vmap_and_grad_of_torch_func():
+    q, k, v = (torch.randn(5, 8, 4, dtype=torch.float64) for _ in range(3))
+    torch.testing.assert_close(torch.func.vmap(xnorm_attention)(q, k, v), xnorm_attention(q, k, v))
+
+    def loss(q, k, v):
+        return xnorm_attention(q, k, v).square().sum()
+
+    per_example = torch.func.vmap(torch.func.grad(loss))(q, k, v)
+    together = torch.autograd.grad(loss(q.requires_grad_(), k, v), q)[0]
+    torch.testing.assert_close(per_example, together)
+
+
+def test_meta_tensors_give_shapes():
+    layer = XNormAttention(12, 3).to("meta")
+    assert layer(torch.empty(2, 9, 12, device="meta")).shape == (2, 9, 12)
+
+
+def t(*shape, dtype=torch.float32):
+    return torch.zeros(*shape, dtype=dtype)
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize("arguments, mask, words", [
+    ((t(4), t(5, 4), t(5, 4)), None, ["(4,)", "(..., tokens, channels)", "None"]),
+    ((t(2, 3, 4), t(1, 5, 4), t(1, 5, 4)), None, ["(2, 3, 4)", "(1, 5, 4)", "same batch", "expand"]),
+    ((t(3, 4), t(5, 4), t(6, 4)), None, ["(5, 4)", "(6, 4)", "as many tokens"]),
+    ((t(3, 4), t(5, 8), t(5, 4)), None, ["(3, 4)", "(5, 8)", "as many channels"]),
+    ((t(3, 4, dtype=torch.int64), t(5, 4, dtype=torch.int64), t(5, 4, dtype=torch.int64)), None, ["int64", "float32", ".to("]),
+    ((t(3, 4), t(5, 4).double(), t(5, 4)), None, ["float32", "float64", ".to("]),
+    ((t(3, 4), t(5, 4), t(5, 4)), t(5), ["float32", "torch.bool", "(5,)", "True where"]),
+    ((t(3, 4), t(5, 4), t(5, 4)), t(3, dtype=torch.bool), ["(3,)", "(5,)"]),
+    ((t(2, 3, 4), t(2, 5, 4), t(2, 5, 4)), t(5, dtype=torch.bool), ["(5,)", "(2, 5)"]),
+])
+def test_bad_input_to_a_function_says_what_and_what_to_do(function, arguments, mask, words):
+    with pytest.raises(ValueError) as error:
+        function(*arguments, key_padding_mask=mask)
+    assert all(word in str(error.value) for word in ["got", "expected", *words]), error.value
+
+
+@pytest.mark.parametrize("gamma", [t(4), t(5, 1), t(7, 1, 1)])
+def test_a_gamma_that_does_not_fit_is_refused(gamma):
+    q, k, v = (torch.randn(2, 5, 4) for _ in range(3))
+    for gammas in ((gamma, 1.0), (1.0, gamma)):
+        with pytest.raises(ValueError, match="got gamma of shape .* expected .* one number per"):
+            xnorm_attention(q, k, v, *gammas)
+
+
+def test_xnorm_refuses_integers_and_a_gamma_that_would_broadcast():
+    with pytest.raises(ValueError, match="int64.*expected.*float"):
+        xnorm(torch.ones(3, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"\(2, 3, 1\).*\(3, 1\)"):
+        xnorm(torch.randn(3, 4), gamma=t(2, 3, 1))
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_bad_input_to_a_module_says_what_and_what_to_do(module):
+    for heads in (5, 0, -1):
+        with pytest.raises(ValueError, match=rf"dim=12 and num_heads={heads}, expected.*\[1, 2, 3, 4, 6, 12\]"):
+            module(12, num_heads=heads)
+    layer = module(12, num_heads=3)
+    with pytest.raises(ValueError, match=r"\(2, 12, 4, 4\).*\(batch, tokens, 12\).*flatten"):
+        layer(torch.randn(2, 12, 4, 4))
+    with pytest.raises(ValueError, match=r"\(2, 9, 8\).*\(batch, tokens, 12\)"):
+        layer(torch.randn(2, 9, 8))
+    with pytest.raises(ValueError, match=r"\(9,\).*\(2, 9\)"):
+        layer(torch.randn(2, 9, 12), key_padding_mask=torch.zeros(9, dtype=torch.bool))
+    with pytest.raises(ValueError, match="float32.*torch.bool"):
+        layer(torch.randn(2, 9, 12), key_padding_mask=torch.zeros(2, 9))
