@@ -67,6 +67,15 @@ def test_gradients_in_half_precision_agree_with_float64(dtype):
         assert relative(gradient, expected) < 2 * TOLERANCE[dtype]
 
 
+def test_float16_bears_a_long_query_and_a_loud_channel():
+    q, k, v = (torch.randn(3, 500, 16) for _ in range(3))
+    q[:, ::2] *= 15_000  # length about 60,000
+    q[:, 1::2] *= 1e-3
+    v[..., 3] *= 10_000
+    q, k, v = q.half(), k.half(), v.half()
+    assert relative(xnorm_attention(q, k, v), loop_xnorm_attention(q, k, v)) < TOLERANCE[torch.float16]
+
+
 def test_gradients_are_the_numerical_ones():
     inputs = [torch.randn(2, 5, 3, dtype=torch.float64, requires_grad=True) for _ in range(3)]
     gammas = [torch.tensor([[[1.5]], [[-0.5]]], dtype=torch.float64, requires_grad=True) for _ in range(2)]

@@ -49,11 +49,14 @@ def xnorm_attention(q, k, v, gamma_q=1.0, gamma_kv=1.0, *, key_padding_mask=None
     _check(q, k, v, key_padding_mask, gamma_q, gamma_kv)
     if key_padding_mask is not None:
         k, v = _drop(k, key_padding_mask), _drop(v, key_padding_mask)
-    if _computes_in_float16(k):  # its range is 6e-8 to 65,504; the result does not depend on the scale of k or v,
-        k, v = _unit_scale(k), _unit_scale(v)  # so choose the one at which a sum over N tokens stays inside
+    if _computes_in_float16(k):
+        # float16 ends at 65,504. The result does not depend on the length of a query, on the scale of k, or on that of
+        # a channel of v, so choose those at which an entry of kᵀ v is at most √(d N), and about 1 if k and v are unrelated
+        N, d = k.shape[-2:]
+        q, k, v = xnorm(q), xnorm(k, d**0.5 * N**0.25, dim=(-2, -1)), xnorm(v, N**0.25, dim=-2)
     vk = v.mT @ k  # (..., e, d): kᵀ v transposed, so that its columns lie in memory one after the other
     vk = xnorm(vk, gamma_kv)  # (..., e, d), rows of length |gamma_kv|
-    return ((q @ vk.mT) * _scale(q, gamma_q)).to(q.dtype)  # (..., M, e): a query's length divides its output
+    return (q @ vk.mT) * _scale(q, gamma_q).to(q.dtype)  # (..., M, e): a query's length divides its output
 
 
 class SoftmaxAttention(nn.Module):
@@ -122,13 +125,8 @@ def _scale(x, gamma, dim=-1, eps=1e-12):
     return gamma / norm.masked_fill(norm <= eps, float("inf"))
 
 
-def _unit_scale(x):
-    """x (..., N, d) with root mean square N^(-1/4): the entries of kᵀ v then lie between about 1 and √N."""
-    N, d = x.shape[-2:]
-    return xnorm(x, gamma=d**0.5 * N**0.25, dim=(-2, -1))
-
-
 def _computes_in_float16(x):
+    """Whether a matrix product of x runs in float16: its dtype, or what autocast makes of it."""
     if not x.is_meta and torch.is_autocast_enabled(x.device.type):
         return torch.get_autocast_dtype(x.device.type) == torch.float16
     return x.dtype == torch.float16
