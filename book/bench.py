@@ -4,7 +4,7 @@
     python book/bench.py --quick      the short sequences alone, printed but not recorded
 
 Both methods get the same tensors in the same process, in turn, several rounds over; a ratio is taken within a round,
-and the table shows its median and its range over the rounds. Every block of calls starts with one that is not timed.
+and the table shows its median and its range over the rounds. A block of short calls starts with one that is not timed.
 """
 
 import argparse
@@ -57,9 +57,9 @@ def call(function, arguments, backward):
 
 
 def seconds(function, arguments, backward, calls):
-    """Median time of a call, after one that is not counted."""
-    times = []
-    for _ in range(calls + 1):
+    """Median time of a call, after one that is not counted (a single long call needs no warm-up)."""
+    times, warm_up = [], 1 if calls > 1 else 0
+    for _ in range(warm_up + calls):
         if arguments[0].is_cuda:
             torch.cuda.synchronize()
         start = time.perf_counter()
@@ -67,7 +67,7 @@ def seconds(function, arguments, backward, calls):
         if arguments[0].is_cuda:
             torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
-    return statistics.median(times[1:])
+    return statistics.median(times[warm_up:])
 
 
 def peak_bytes(function, arguments, backward):

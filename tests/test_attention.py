@@ -252,6 +252,15 @@ def test_compile_without_graph_breaks(module):
 
 
 def test_vmap_and_grad_of_torch_func():
+    gammas = torch.randn(3, 2, 1, 1, dtype=torch.float64)
+    q, k, v = (torch.randn(2, 8, 4, dtype=torch.float64) for _ in range(3))
+    for position in (3, 4):
+        dims = [0 if i == position else None for i in range(5)]
+        arguments = [q, k, v, 1.0, 1.0]
+        arguments[position] = gammas
+        swept = torch.func.vmap(xnorm_attention, in_dims=tuple(dims))(*arguments)
+        torch.testing.assert_close(swept, gammas * xnorm_attention(q, k, v))
+
     q, k, v = (torch.randn(5, 8, 4, dtype=torch.float64) for _ in range(3))
     torch.testing.assert_close(torch.func.vmap(xnorm_attention)(q, k, v), xnorm_attention(q, k, v))
 

@@ -55,8 +55,8 @@ def xnorm_attention(q, k, v, gamma_q=1.0, gamma_kv=1.0, *, key_padding_mask=None
         N, d = k.shape[-2:]
         q, k, v = xnorm(q), xnorm(k, d**0.5 * N**0.25, dim=(-2, -1)), xnorm(v, N**0.25, dim=-2)
     vk = v.mT @ k  # (..., e, d): kᵀ v transposed, so that its columns lie in memory one after the other
-    vk = xnorm(vk, gamma_kv)  # (..., e, d), rows of length |gamma_kv|
-    return (q @ vk.mT) * _scale(q, gamma_q).to(q.dtype)  # (..., M, e): a query's length divides its output
+    vk = xnorm(vk, gamma_q * gamma_kv)  # (..., e, d): only the product of the gammas counts, so both go here
+    return (q @ vk.mT).mul_(_scale(q))  # (..., M, e): a query's length divides its output, in place
 
 
 class SoftmaxAttention(nn.Module):
@@ -115,7 +115,7 @@ def _split_heads(module, x, key_padding_mask):
     return q, k, v, key_padding_mask
 
 
-def _scale(x, gamma, dim=-1, eps=1e-12):
+def _scale(x, gamma=1.0, dim=-1, eps=1e-12):
     """gamma / ‖x‖ along dim (size 1 there), 0 where ‖x‖ ≤ eps; in float32 at least."""
     dtype = torch.promote_types(x.dtype, torch.float32)  # a float16 sum of squares overflows at lengths over 256
     norm = torch.linalg.vector_norm(x, dim=dim, keepdim=True, dtype=dtype)
