@@ -29,13 +29,15 @@ from xvit_minimal import SoftmaxAttention, XNormAttention, xnorm_attention
 
 ROOT = Path(__file__).resolve().parent.parent
 HEADS, D = 6, 64
-LENGTHS = [64, 196, 576, 1024, 4096, 16384]  # tokens; squares (but 196) of patch-16 images of 128 to 2,048 px
+LENGTHS = [64, 196, 576, 1024, 4096, 16384]  # tokens: images of 128, 224, 384, 512, 1,024 and 2,048 px in patches of 16
 TOKENS = 8192  # in a batch: the batch shrinks as the sequence grows, so that every row does comparable work
+# Slopes are fitted to rows whose tensors are all as large as those of the longest sequence: otherwise the cost of fresh
+# memory, which jumps with a tensor's size, would be taken for a growth with N.
+FITTED = [1024, 4096, 16384]
 
 
-def inputs(what, N, device):
+def inputs(what, N, B, device):
     """Tensors of one row of the table: (q, k, v) or (x,), and the functions that take them, by method."""
-    B = max(1, TOKENS // N)
     if what == "module":
         torch.manual_seed(0)
         modules = {"softmax": SoftmaxAttention(HEADS * D, HEADS), "xnorm": XNormAttention(HEADS * D, HEADS)}
@@ -86,8 +88,8 @@ def peak_bytes(function, arguments, backward):
     return int(max(held.max(), 0))
 
 
-def measure(what, N, backward, rounds, device):
-    arguments, functions = inputs(what, N, device)
+def measure(what, N, B, backward, rounds, device):
+    arguments, functions = inputs(what, N, B, device)
     quick = {m: seconds(f, arguments, backward, 1) for m, f in functions.items()}
     calls = {m: max(1, min(30, round(0.15 / t))) for m, t in quick.items()}  # about 0.15 s a block
     times = {m: [] for m in functions}
@@ -97,7 +99,7 @@ def measure(what, N, backward, rounds, device):
             times[m].append(seconds(f, arguments, backward, calls[m]))
     ratios = [s / x for s, x in zip(times["softmax"], times["xnorm"])]
     return {
-        "what": what, "pass": "forward+backward" if backward else "forward", "tokens": N, "batch": max(1, TOKENS // N),
+        "what": what, "pass": "forward+backward" if backward else "forward", "tokens": N, "batch": B,
         "softmax_seconds": statistics.median(times["softmax"]), "xnorm_seconds": statistics.median(times["xnorm"]),
         "ratio": statistics.median(ratios), "ratio_min": min(ratios), "ratio_max": max(ratios),
         "softmax_peak_bytes": peak_bytes(functions["softmax"], arguments, backward),
@@ -105,16 +107,15 @@ def measure(what, N, backward, rounds, device):
     }
 
 
-def slopes(rows, from_tokens=1024):
-    """log-log slopes against N of time and peak memory per sequence: 1 is linear, 2 quadratic."""
+def slopes(rows):
+    """log-log slopes against N of time and peak memory per sequence, 1 is linear, 2 quadratic; see FITTED."""
     fitted = []
     for what in dict.fromkeys(r["what"] for r in rows):
         for direction in dict.fromkeys(r["pass"] for r in rows):
-            chosen = [r for r in rows if r["what"] == what and r["pass"] == direction and r["tokens"] >= from_tokens]
-            if len(chosen) < 2:
-                continue
+            chosen = [r for r in rows if r["what"] == what and r["pass"] == direction
+                      and r["tokens"] in FITTED and r["tokens"] * r["batch"] == max(FITTED)]
             log_n = np.log([r["tokens"] for r in chosen])
-            entry = {"what": what, "pass": direction, "from_tokens": from_tokens}
+            entry = {"what": what, "pass": direction}
             for method in ("softmax", "xnorm"):
                 for quantity in ("seconds", "peak_bytes"):
                     per_sequence = [r[f"{method}_{quantity}"] / r["batch"] for r in chosen]
@@ -124,10 +125,10 @@ def slopes(rows, from_tokens=1024):
 
 
 def table(rows):
-    head = f"{'tensors':>11} {'pass':>16} {'N':>6} {'softmax ms':>11} {'X-ViT ms':>9} {'ratio':>7} {'range':>15} {'memory':>7}"
+    head = f"{'tensors':>11} {'pass':>16} {'N':>6} {'batch':>6} {'softmax ms':>11} {'X-ViT ms':>9} {'ratio':>7} {'range':>15} {'memory':>7}"
     lines = [head, "-" * len(head)]
     for r in rows:
-        lines.append(f"{r['what']:>11} {r['pass']:>16} {r['tokens']:>6} {r['softmax_seconds'] * 1e3:>11.2f} "
+        lines.append(f"{r['what']:>11} {r['pass']:>16} {r['tokens']:>6} {r['batch']:>6} {r['softmax_seconds'] * 1e3:>11.2f} "
                      f"{r['xnorm_seconds'] * 1e3:>9.2f} {r['ratio']:>6.2f}x {r['ratio_min']:>6.2f}–{r['ratio_max']:<6.2f} "
                      f"{r['softmax_peak_bytes'] / r['xnorm_peak_bytes']:>6.2f}x")
     return "\n".join(lines)
@@ -170,23 +171,24 @@ def main():
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     started, clock = datetime.now(timezone.utc), time.perf_counter()
     torch.manual_seed(0)
-    lengths, rounds = (LENGTHS[:4], 2) if args.quick else (LENGTHS, args.rounds)
+    shapes = [(N, max(1, TOKENS // N)) for N in LENGTHS] + [(N, max(FITTED) // N) for N in FITTED[:-1]]
+    shapes, rounds = (shapes[:4], 2) if args.quick else (shapes, args.rounds)
     rows = []
     for what in ("contiguous", "views", "module"):
         for backward in (False, True):
-            for N in lengths:
-                rows.append(measure(what, N, backward, rounds, device))
+            for N, B in shapes:
+                rows.append(measure(what, N, B, backward, rounds, device))
                 print(f"\r{what}, {rows[-1]['pass']}, N = {N}".ljust(60), end="", file=sys.stderr, flush=True)
     print("\r".ljust(62), file=sys.stderr)
     print(table(rows))
-    for s in slopes(rows):
-        print(f"slopes from N = {s['from_tokens']}, {s['what']}, {s['pass']}: time {s['softmax_seconds_slope']:.2f} softmax, "
-              f"{s['xnorm_seconds_slope']:.2f} X-ViT; memory {s['softmax_peak_bytes_slope']:.2f} and {s['xnorm_peak_bytes_slope']:.2f}")
     if args.quick:
         return
+    for s in slopes(rows):
+        print(f"slopes from N = {min(FITTED)}, {s['what']}, {s['pass']}: time {s['softmax_seconds_slope']:.2f} softmax, "
+              f"{s['xnorm_seconds_slope']:.2f} X-ViT; memory {s['softmax_peak_bytes_slope']:.2f} and {s['xnorm_peak_bytes_slope']:.2f}")
     record = {
         "kind": "bench", "command": "python book/bench.py" + (f" --rounds {args.rounds}" if args.rounds != 5 else ""),
-        "config": {"heads": HEADS, "channels_per_head": D, "tokens_in_a_batch": TOKENS, "dtype": "float32", "rounds": rounds},
+        "config": {"heads": HEADS, "channels_per_head": D, "tokens_in_a_batch": TOKENS, "tokens_in_a_batch_for_slopes": max(FITTED), "dtype": "float32", "rounds": rounds},
         "seed": 0, "commit": git_commit(), "started": started.isoformat(timespec="seconds"),
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
         "hardware": hardware(device), "wall_seconds": round(time.perf_counter() - clock, 1),

@@ -35,6 +35,7 @@ def record():
 
 
 def row(run, what, direction, N):
+    """The row of the table; the rows that serve only the slopes come after it."""
     return next(r for r in run["results"] if (r["what"], r["pass"], r["tokens"]) == (what, direction, N))
 
 
@@ -136,7 +137,7 @@ def draw(run, mode):
     with plt.rc_context({"text.color": INK[mode], "axes.labelcolor": INK[mode], "axes.edgecolor": INK[mode], "font.size": 12,
                          "xtick.color": INK[mode], "ytick.color": INK[mode], "figure.constrained_layout.use": True}):
         figure, axes = plt.subplots(figsize=(7, 4.2))
-        rows = [r for r in run["results"] if (r["what"], r["pass"]) == ("contiguous", "forward")]
+        rows = [row(run, "contiguous", "forward", N) for N in sorted({r["tokens"] for r in run["results"]})]
         sides = [PATCH * r["tokens"] ** 0.5 for r in rows]
         for method in ("softmax", "xnorm"):
             times = [1e3 * r[f"{method}_seconds"] / r["batch"] for r in rows]

@@ -1,6 +1,7 @@
 """The figures on the landing page and in the README against the records, and the bench that writes the record."""
 
 import copy
+import re
 import sys
 
 import pytest
@@ -48,8 +49,10 @@ def test_an_unknown_part_of_a_page_is_refused(run):
 
 
 def test_slopes_find_the_exponent():
-    rows = [{"what": "x", "pass": "forward", "tokens": N, "batch": 4, "softmax_seconds": N**2, "xnorm_seconds": N,
-             "softmax_peak_bytes": 3 * N**2, "xnorm_peak_bytes": 5 * N} for N in (64, 1024, 4096, 16384)]
+    rows = [{"what": "x", "pass": "forward", "tokens": N, "batch": B, "softmax_seconds": B * N**2, "xnorm_seconds": B * N,
+             "softmax_peak_bytes": 3 * B * N**2, "xnorm_peak_bytes": 5 * B * N}
+            for N, B in ((64, 128), (1024, 16), (4096, 4), (16384, 1))]
+    rows.append({**rows[1], "batch": 8, "xnorm_seconds": 1.0})  # another batch takes no part
     (fitted,) = bench.slopes(rows)
     assert fitted["softmax_seconds_slope"] == pytest.approx(2) and fitted["xnorm_seconds_slope"] == pytest.approx(1)
     assert fitted["softmax_peak_bytes_slope"] == pytest.approx(2) and fitted["xnorm_peak_bytes_slope"] == pytest.approx(1)
@@ -57,9 +60,8 @@ def test_slopes_find_the_exponent():
 
 @pytest.mark.parametrize("what", ["contiguous", "views", "module"])
 @pytest.mark.parametrize("backward", [False, True])
-def test_the_bench_measures_every_kind_of_row(what, backward, monkeypatch):
-    monkeypatch.setattr(bench, "TOKENS", 128)
-    row = bench.measure(what, 64, backward, rounds=1, device=torch.device("cpu"))
+def test_the_bench_measures_every_kind_of_row(what, backward):
+    row = bench.measure(what, 64, 2, backward, rounds=1, device=torch.device("cpu"))
     assert row["tokens"] == 64 and row["batch"] == 2 and row["ratio"] > 0
     result_bytes = 2 * bench.HEADS * 64 * bench.D * 4  # the output alone
     assert row["xnorm_peak_bytes"] >= result_bytes and row["softmax_peak_bytes"] >= result_bytes
@@ -67,3 +69,10 @@ def test_the_bench_measures_every_kind_of_row(what, backward, monkeypatch):
 
 def test_the_difference_of_the_modules_is_counted():
     assert 2 <= results.changed_lines() <= 5
+
+
+def test_the_code_of_the_readme_runs():
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    assert blocks
+    for block in blocks:
+        exec(block, {})
