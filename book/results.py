@@ -75,8 +75,9 @@ def claims(run):
          f"at 4,096 tokens {far['ratio']:.0f}× (forward), {far_back['ratio']:.0f}× (forward and backward); "
          f"the whole module {module['ratio']:.1f}×"),
         ("less GPU memory", "[2](part1/02_quadratic_bill), [6](part2/06_a_few_lines)",
-         f"on a CPU, against PyTorch's fused softmax: {far['xnorm_peak_bytes'] / far['softmax_peak_bytes']:.1f} times its "
-         "memory, since both are linear; on a GPU " + later),
+         f"on a CPU {far['xnorm_peak_bytes'] / far['softmax_peak_bytes']:.1f} times that of PyTorch's fused softmax (forward), "
+         f"{far_back['xnorm_peak_bytes'] / far_back['softmax_peak_bytes']:.1f} times (forward and backward): both are linear; "
+         "on a GPU " + later),
         ("better classification than most transformers", "11 to 13", later),
         ("better dense prediction than most transformers", "14 and 15", later),
     ]
@@ -99,17 +100,19 @@ def speed_table(run):
     return "\n".join(lines)
 
 
-def caption(run):
+def caption(run, folder):
+    """Says how the record was made, with a link to it; `folder` is the page's."""
+    link = f"[{RECORD}]({RECORD.removeprefix(folder)})"
     return (f"{run['hardware']['cpu']}, {run['hardware']['cores']} threads, float32, "
             f"{run['config']['heads']} heads of {run['config']['channels_per_head']} channels, torch "
             f"{run['versions']['torch']}, median of {run['config']['rounds']} rounds; recorded by `{run['command']}` "
-            f"in `{RECORD}`.")
+            f"in {link}.")
 
 
 def blocks(run):
     return {
         "claims": claims_table(run, links=True), "claims, plain": claims_table(run, links=False),
-        "speed": speed_table(run), "how it was measured": caption(run),
+        "speed": speed_table(run), "record": caption(run, "book/"), "record, plain": caption(run, ""),
     }
 
 
