@@ -98,7 +98,8 @@ def problems_in_text(site):
         tree, name = soup(page), page.relative_to(site)
         for tag in tree.find_all("a", href=re.compile(r"^https?://[\w.-]+\.(py|md|sh|ipynb|yml|json)/?$")):
             problems.append(f"{name}: {tag.text} became a link to {tag['href']}: set myst_linkify_fuzzy_links to false")
-        if tree.select(".system-message, .problematic, span.xref.myst, .xref.broken"):
+        dead = [tag for tag in tree.select("span.xref.myst") if not tag.find_parent("a", href=True)]
+        if dead or tree.select(".system-message, .problematic, .xref.broken"):
             problems.append(f"{name}: an unresolved reference or an error of the build: see the build's log")
         for tag in tree.find_all(["script", "style", "pre", "code"]):
             tag.decompose()
