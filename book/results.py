@@ -62,10 +62,10 @@ def claims(run):
     later = "not yet measured"
     return [
         ("softmax attention costs O(N²)", "[2](part1/02_quadratic_bill)",
-         f"time of `scaled_dot_product_attention` grows as N^{forward['softmax_seconds_slope']:.2f}"),
+         f"time of `scaled_dot_product_attention` grows as $N^{{{forward['softmax_seconds_slope']:.2f}}}$"),
         ("its own attention is linear", "[4](part2/04_factorize), [6](part2/06_a_few_lines)",
-         f"time grows as N^{forward['xnorm_seconds_slope']:.2f} (N^{backward['xnorm_seconds_slope']:.2f} with the backward "
-         f"pass), memory as N^{forward['xnorm_peak_bytes_slope']:.2f}"),
+         f"time grows as $N^{{{forward['xnorm_seconds_slope']:.2f}}}$ ($N^{{{backward['xnorm_seconds_slope']:.2f}}}$ with the "
+         f"backward pass), memory as $N^{{{forward['xnorm_peak_bytes_slope']:.2f}}}$"),
         ("the softmax is eliminated", "[3](part2/03_kernel_smoother), [4](part2/04_factorize)",
          "shown: with a softmax in between, the output is no function of Q and KᵀV"),
         ("factorized without a complicated approximation", "[3](part2/03_kernel_smoother), [4](part2/04_factorize)",
