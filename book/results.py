@@ -44,9 +44,9 @@ def slope(run, what, direction):
 
 
 def code_lines(module):
-    """The lines of a module's code, without its docstring and its class line."""
-    source = inspect.getsource(module).replace(module.__doc__, "").splitlines()
-    return [line for line in source[1:] if line.strip().strip('"')]
+    """The lines of a module's code, from its constructor on."""
+    source = inspect.getsource(module)
+    return source[source.index("    def __init__") :].splitlines()
 
 
 def changed_lines():
