@@ -188,7 +188,8 @@ def main():
               f"{s['xnorm_seconds_slope']:.2f} X-ViT; memory {s['softmax_peak_bytes_slope']:.2f} and {s['xnorm_peak_bytes_slope']:.2f}")
     record = {
         "kind": "bench", "command": "python book/bench.py" + (f" --rounds {args.rounds}" if args.rounds != 5 else ""),
-        "config": {"heads": HEADS, "channels_per_head": D, "tokens_in_a_batch": TOKENS, "tokens_in_a_batch_for_slopes": max(FITTED), "dtype": "float32", "rounds": rounds},
+        "config": {"heads": HEADS, "channels_per_head": D, "tokens_in_a_batch": TOKENS,
+                   "tokens_in_a_batch_for_slopes": max(FITTED), "dtype": "float32", "rounds": rounds},
         "seed": 0, "commit": git_commit(), "started": started.isoformat(timespec="seconds"),
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
         "hardware": hardware(device), "wall_seconds": round(time.perf_counter() - clock, 1),

@@ -17,7 +17,7 @@ import sys
 import matplotlib.pyplot as plt
 from matplotlib.image import imread
 
-from bench import slopes
+from bench import FITTED, slopes
 from sync import ROOT, write
 from xvit_minimal import SoftmaxAttention, XNormAttention
 
@@ -50,15 +50,16 @@ def code_lines(module):
 
 
 def changed_lines():
-    """How many lines of XNormAttention do not stand in SoftmaxAttention."""
-    diff = difflib.ndiff(code_lines(SoftmaxAttention), code_lines(XNormAttention))
-    return sum(line.startswith("+ ") for line in diff)
+    """How many lines of SoftmaxAttention go, and how many of XNormAttention come in their place."""
+    diff = list(difflib.ndiff(code_lines(SoftmaxAttention), code_lines(XNormAttention)))
+    return sum(line.startswith("- ") for line in diff), sum(line.startswith("+ ") for line in diff)
 
 
 def claims(run):
     forward, backward = slope(run, "contiguous", "forward"), slope(run, "contiguous", "forward+backward")
     far, far_back = row(run, "contiguous", "forward", 4096), row(run, "contiguous", "forward+backward", 4096)
     module = row(run, "module", "forward", 4096)
+    gone, come = changed_lines()
     later = "not yet measured"
     return [
         ("softmax attention costs O(N²)", "[2](part1/02_quadratic_bill)",
@@ -70,7 +71,7 @@ def claims(run):
          "shown: with a softmax in between, the output is no function of Q and KᵀV"),
         ("factorized without a complicated approximation", "[3](part2/03_kernel_smoother), [4](part2/04_factorize)",
          "shown: (QKᵀ)V = Q(KᵀV) to the rounding of float64"),
-        ("a few changed lines", "[6](part2/06_a_few_lines)", f"{changed_lines()} lines differ between the two modules"),
+        ("a few changed lines", "[6](part2/06_a_few_lines)", f"lines of the module that go: {gone}, that come: {come}"),
         ("faster inference", "[6](part2/06_a_few_lines)",
          f"at 4,096 tokens {far['ratio']:.0f}× (forward), {far_back['ratio']:.0f}× (forward and backward); "
          f"the whole module {module['ratio']:.1f}×"),
@@ -106,7 +107,8 @@ def caption(run, folder):
     return (f"{run['hardware']['cpu']}, {run['hardware']['cores']} threads, float32, "
             f"{run['config']['heads']} heads of {run['config']['channels_per_head']} channels, torch "
             f"{run['versions']['torch']}, median of {run['config']['rounds']} rounds; recorded by `{run['command']}` "
-            f"in {link}.")
+            f"in {link}. Exponents are fitted to {min(FITTED):,} tokens and more, in batches of "
+            f"{run['config']['tokens_in_a_batch_for_slopes']:,} tokens, so that all tensors are of one size.")
 
 
 def blocks(run):

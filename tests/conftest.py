@@ -10,7 +10,7 @@ try:  # the tests of the package need torch and pytest alone
     import nbformat
     from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 except ModuleNotFoundError:
-    collect_ignore = ["test_book.py", "test_site.py", "test_sync.py"]
+    collect_ignore = ["test_book.py", "test_results.py", "test_site.py", "test_sync.py"]
 
 CONFIG = "repository:\n  url: https://github.com/-nobody/tiny\n  branch: v1\n"
 TOC = ("format: jb-book\nroot: book/index\nparts:\n  - caption: One\n    chapters:\n"
