@@ -1,0 +1,299 @@
+"""The other attentions against their formulas written with loops, what each of them discards, and one body for all."""
+
+import inspect
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from xvit_minimal import XViT, baselines, xnorm_attention
+from xvit_minimal.baselines import (ATTENTIONS, XCA, EfficientAttention, LinearAttention, NoMixing, SimA,
+                                    UnnormalizedAttention)
+
+BASELINES = [XCA, LinearAttention, EfficientAttention, SimA, UnnormalizedAttention, NoMixing]
+
+
+# -------------------------------------------------------------------------- formulas of one head, one query: how much
+# of each token's value it takes. q, k (N, d); n the query. XCA mixes channels instead and has a loop of its own.
+
+
+def linear_weights(q, k, n):
+    def phi(x):
+        return torch.stack([y + 1 if y > 0 else y.exp() for y in x])
+
+    scores = [(phi(q[n]) * phi(k[m])).sum() for m in range(len(k))]
+    return [score / sum(scores) for score in scores]
+
+
+def efficient_weights(q, k, n):
+    d = q.shape[1]
+    query = [q[n, c].exp() / sum(q[n, j].exp() for j in range(d)) for c in range(d)]
+    keys = [[k[m, c].exp() / sum(k[j, c].exp() for j in range(len(k))) for c in range(d)] for m in range(len(k))]
+    return [sum(a * b for a, b in zip(query, key)) for key in keys]
+
+
+def sima_weights(q, k, n):
+    return [sum(q[n, c] / q[:, c].abs().sum() * k[m, c] / k[:, c].abs().sum() for c in range(q.shape[1]))
+            for m in range(len(k))]
+
+
+def unnormalized_weights(q, k, n):
+    return [(q[n] * k[m]).sum() / len(k) for m in range(len(k))]
+
+
+def no_weights(q, k, n):
+    return [float(m == n) for m in range(len(k))]
+
+
+WEIGHTS = {LinearAttention: linear_weights, EfficientAttention: efficient_weights, SimA: sima_weights,
+           UnnormalizedAttention: unnormalized_weights, NoMixing: no_weights}
+
+
+def loop_xca(q, k, v, temperature):
+    """XCA for one head, q, k, v (N, d): output channel i is a weighted sum of v's channels."""
+    d = q.shape[1]
+    channels = []  # each (N,)
+    for i in range(d):
+        scores = [(temperature * (q[:, i] * k[:, j]).sum() / (q[:, i].norm() * k[:, j].norm())).exp() for j in range(d)]
+        channels.append(sum(score / sum(scores) * v[:, j] for j, score in enumerate(scores)))
+    return torch.stack(channels, dim=1)
+
+
+def loop_module(module, x):
+    """What the module has to compute for x (B, N, C), with loops over batch, heads and tokens."""
+    B, N, C = x.shape
+    d = C // module.num_heads
+    out = torch.empty_like(x)
+    for b in range(B):
+        for head in range(module.num_heads):
+            rows = [slice(part * C + head * d, part * C + (head + 1) * d) for part in range(3)]
+            q, k, v = (x[b] @ module.qkv.weight[r].T + module.qkv.bias[r] for r in rows)  # each (N, d)
+            columns = slice(head * d, (head + 1) * d)
+            if isinstance(module, XCA):
+                out[b, :, columns] = loop_xca(q, k, v, module.temperature[head].item())
+                continue
+            for n in range(N):
+                weights = WEIGHTS[type(module)](q, k, n)
+                out[b, n, columns] = sum(weight * v[m] for m, weight in enumerate(weights))
+    return out @ module.proj.weight.T + module.proj.bias
+
+
+def relative(out, reference):
+    return ((out.double() - reference.double()).norm() / reference.double().norm()).item()
+
+
+def draw(*shape):
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+def filled(cls, dim=12, num_heads=3):
+    """A float64 module whose every parameter, biases and temperatures included, is drawn at random."""
+    module = cls(dim, num_heads, qkv_bias=True).double()
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    return module
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@pytest.mark.parametrize("cls", BASELINES)
+def test_module_equals_its_formula_written_with_loops(cls):
+    module, x = filled(cls), draw(2, 7, 12)
+    with torch.no_grad():
+        assert relative(module(x), loop_module(module, x)) < 1e-12
+
+
+def test_xca_equals_timm_with_the_same_weights():
+    from timm.models.xcit import XCA as Peer
+
+    ours, peer, x = filled(XCA), Peer(12, num_heads=3, qkv_bias=True).double(), draw(2, 7, 12)
+    peer.load_state_dict(ours.state_dict())  # same names, same order of q, k, v and heads
+    assert (ours.temperature != 1).all()
+    for fused in (False, True):
+        peer.fused_attn = fused
+        assert relative(ours(x), peer(x)) < 1e-12
+
+
+# ---------------------------------------------------------------------------------------------- what all of them share
+
+
+def test_table_holds_every_attention_once():
+    defined = [c for name, c in vars(baselines).items() if inspect.isclass(c) and issubclass(c, nn.Module)
+               and not name.startswith("_")]
+    assert set(ATTENTIONS.values()) == set(defined) and len(ATTENTIONS) == len(defined)
+    assert set(BASELINES) < set(defined)
+
+
+@pytest.mark.parametrize("name", ATTENTIONS)
+def test_same_constructor_parameters_and_shapes(name):
+    cls = ATTENTIONS[name]
+    assert list(inspect.signature(cls).parameters) == ["dim", "num_heads", "qkv_bias"]
+    assert cls(16).num_heads == 8 and cls(16).qkv.bias is None and cls(16, qkv_bias=True).qkv.bias.shape == (48,)
+    shapes = {key: tuple(value.shape) for key, value in cls(12, 3).state_dict().items()}
+    assert {key: shapes.pop(key) for key in ("qkv.weight", "proj.weight", "proj.bias")} == {
+        "qkv.weight": (36, 12), "proj.weight": (12, 12), "proj.bias": (12,)}
+    assert all(shape == (3, 1, 1) for shape in shapes.values())  # at most a few numbers per head come on top
+    for N in (1, 2, 17):
+        assert cls(12, 3)(torch.randn(2, N, 12)).shape == (2, N, 12)
+
+
+@pytest.mark.parametrize("name", ATTENTIONS)
+def test_errors_say_what_to_do(name):
+    with pytest.raises(ValueError, match=r"got dim=10 and num_heads=4.*may be one of \[1, 2, 5, 10\]"):
+        ATTENTIONS[name](10, 4)
+    with pytest.raises(ValueError, match=r"got x of shape \(2, 12, 4, 4\), expected \(batch, tokens, 12\): flatten"):
+        ATTENTIONS[name](12, 3)(torch.randn(2, 12, 4, 4))
+
+
+@pytest.mark.parametrize("name", ATTENTIONS)
+@pytest.mark.parametrize("x", [torch.randn(2, 9, 12), torch.zeros(2, 9, 12), 1e4 * torch.randn(2, 9, 12)],
+                         ids=["normal", "zero", "large"])
+def test_outputs_and_gradients_are_finite(name, x):
+    module, x = ATTENTIONS[name](12, 3), x.clone().requires_grad_()
+    out = module(x)
+    out.square().sum().backward()
+    assert out.isfinite().all()
+    assert all(t.grad is not None and t.grad.isfinite().all() for t in [x, *module.parameters()])
+
+
+@pytest.mark.parametrize("name", ATTENTIONS)
+def test_permuted_tokens_give_permuted_outputs(name):
+    module, x, order = filled(ATTENTIONS[name]), draw(2, 9, 12), torch.randperm(9)
+    assert relative(module(x[:, order]), module(x)[:, order]) < 1e-12
+
+
+@pytest.mark.parametrize("name", ATTENTIONS)
+def test_images_of_a_batch_do_not_mix(name):
+    module, x = filled(ATTENTIONS[name]), draw(3, 9, 12)
+    assert relative(module(x), torch.cat([module(image[None]) for image in x])) < 1e-12
+
+
+@pytest.mark.parametrize("name", ATTENTIONS)
+def test_trains_one_step_inside_the_model(name):
+    model = XViT(img_size=16, num_classes=3, dim=16, depth=2, num_heads=2, stem_stride=4, attention=ATTENTIONS[name],
+                 class_depth=0)
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    x, y = torch.randn(6, 3, 16, 16), torch.arange(6) % 3
+    losses = []
+    for _ in range(5):
+        loss = nn.functional.cross_entropy(model(x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    assert all((p != old).any() for p, old in zip(model.parameters(), before))
+
+
+# ------------------------------------------------------------------------------------- what sets one apart from another
+
+
+def heads(N=11, d=5):
+    """q, k, v (1, 3, N, d) of three heads."""
+    return draw(1, 3, N, d), draw(1, 3, N, d), draw(1, 3, N, d)
+
+
+@pytest.mark.parametrize("cls", [LinearAttention, EfficientAttention, NoMixing])
+def test_weights_of_the_tokens_sum_to_one(cls):
+    q, k, v = heads()
+    everywhere = v[..., :1, :].expand_as(v)  # all tokens have one and the same value
+    assert relative(cls(15, 3).double().mix(q, k, everywhere), everywhere) < 1e-12
+
+
+@pytest.mark.parametrize("cls", [XCA, SimA, UnnormalizedAttention])
+def test_weights_of_the_tokens_do_not_sum_to_one(cls):
+    q, k, v = heads()
+    everywhere = v[..., :1, :].expand_as(v)
+    assert relative(cls(15, 3).double().mix(q, k, everywhere), everywhere) > 0.1
+
+
+@pytest.mark.parametrize("cls", BASELINES)
+def test_every_token_sees_every_other_except_without_mixing(cls):
+    q, k, v = (x.requires_grad_() for x in heads())
+    sees = torch.stack([torch.stack(torch.autograd.grad(row.sum(), (q, k, v), retain_graph=True, allow_unused=True,
+                                                        materialize_grads=True)).abs().sum((0, 1, 2, 4)) > 0
+                        for row in filled(cls, 15).mix(q, k, v)[0].unbind(1)])  # (N, N)
+    assert torch.equal(sees, torch.eye(11, dtype=torch.bool) if cls is NoMixing else torch.ones(11, 11).bool())
+
+
+def test_no_mixing_leaves_a_class_token_blind():
+    model = XViT(img_size=16, num_classes=3, dim=16, depth=1, num_heads=2, stem_stride=4, attention=NoMixing,
+                 class_depth=1).eval()
+    assert torch.equal(model(torch.randn(1, 3, 16, 16)), model(torch.randn(1, 3, 16, 16)))
+
+
+@pytest.mark.parametrize("cls", BASELINES)
+def test_only_sima_shrinks_when_all_tokens_are_repeated(cls):
+    q, k, v = heads()
+    module = cls(15, 3).double()
+    once, thrice = module.mix(q, k, v), module.mix(*(x.repeat(1, 1, 3, 1) for x in (q, k, v)))[..., :11, :]
+    assert relative(thrice, once / 3 if cls is SimA else once) < 1e-12
+
+
+@pytest.mark.parametrize("cls", [XCA, SimA])
+def test_lengths_of_channels_are_discarded(cls):
+    q, k, v = heads()
+    module, a, b = cls(15, 3).double(), torch.rand(1, 3, 1, 5).double() + 0.1, torch.rand(1, 3, 1, 5).double() + 0.1
+    assert relative(module.mix(a * q, b * k, v), module.mix(q, k, v)) < 1e-12
+
+
+def test_efficient_attention_discards_the_mean_of_a_query_and_of_a_key_channel():
+    q, k, v = heads()
+    module = EfficientAttention(15, 3)
+    assert relative(module.mix(q + draw(1, 3, 11, 1), k + draw(1, 3, 1, 5), v), module.mix(q, k, v)) < 1e-12
+
+
+def test_linear_attention_discards_the_length_of_a_mapped_query():
+    q, k, v = (x.abs() for x in heads())  # φ(x) = x + 1
+    module = LinearAttention(15, 3)
+    assert relative(module.mix(3 * (q + 1) - 1, k, v), module.mix(q, k, v)) < 1e-12
+
+
+def test_unnormalized_attention_keeps_every_scale():
+    q, k, v = heads()
+    module = UnnormalizedAttention(15, 3)
+    assert relative(module.mix(2 * q, 3 * k, 5 * v), 30 * module.mix(q, k, v)) < 1e-12
+
+
+def test_xnorm_is_the_unnormalized_attention_with_a_scale_for_each_query_and_each_column():
+    q, k, v = heads()
+    ratio = xnorm_attention(q, k, v) / UnnormalizedAttention(15, 3).mix(q, k, v)  # (1, 3, N, d)
+    query = 1 / q.norm(dim=-1, keepdim=True)  # (1, 3, N, 1)
+    column = 11 / (k.mT @ v).norm(dim=-2, keepdim=True)  # (1, 3, 1, d)
+    assert relative(ratio, query * column) < 1e-10
+
+
+# ------------------------------------------------------------------------------------------------------ half precision
+
+
+@pytest.mark.parametrize("cls", BASELINES)
+@pytest.mark.parametrize("N", [256, 65536])
+def test_bfloat16_is_finite_and_exact_to_its_digits_at_any_number_of_tokens(cls, N):
+    q, k, v = (torch.randn(1, 1, N, 16) + 1 for _ in range(3))
+    exact = cls(16, 1).double().mix(q.double(), k.double(), v.double())
+    out = cls(16, 1).bfloat16().mix(q.bfloat16(), k.bfloat16(), v.bfloat16())
+    assert out.dtype == torch.bfloat16 and relative(out, exact) < 2e-2
+
+
+@pytest.mark.parametrize("cls", BASELINES)
+def test_float16_holds_for_short_sequences_and_for_long_ones_only_where_no_sum_grows(cls):
+    for N in (256, 65536):
+        q, k, v = (torch.randn(1, 1, N, 16) + 1 for _ in range(3))
+        exact = cls(16, 1).double().mix(q.double(), k.double(), v.double())
+        error = relative(cls(16, 1).half().mix(q.half(), k.half(), v.half()), exact)
+        grows = cls in (LinearAttention, SimA, UnnormalizedAttention)  # infinity, or zeros where infinity divides
+        assert math.isnan(error) or error > 0.5 if grows and N == 65536 else error < 5e-3
+
+
+@pytest.mark.parametrize("name", ATTENTIONS)
+def test_autocast_agrees_with_float32(name):
+    module, x = ATTENTIONS[name](32, 4), torch.randn(2, 64, 32)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = module(x)
+    assert relative(out, module(x)) < 5e-2
