@@ -1,11 +1,11 @@
-# make book | test | bench | notebooks: each sets up what it needs by itself, in .venv, and a second call reuses it.
+# make book | test | train | bench | notebooks: each sets up what it needs by itself, in .venv, and a second call reuses it.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 SITE := _build/html
 
-.PHONY: book test bench notebooks clean
+.PHONY: book test train bench notebooks clean
 .DELETE_ON_ERROR:
 
 book: $(INSTALLED)  ## build the rendered book from the stored outputs, warnings are errors
@@ -16,6 +16,9 @@ book: $(INSTALLED)  ## build the rendered book from the stored outputs, warnings
 
 test: $(INSTALLED)  ## run every notebook, comparing its outputs, and the tests of the package and of the book
 	$(BIN)/python -m pytest --nbval --nbval-current-env --nbval-cell-timeout=300
+
+train: $(INSTALLED)  ## train a small model on drawn shapes, about a minute; more with python -m xvit_minimal.train --help
+	$(BIN)/python -m xvit_minimal.train
 
 bench: $(INSTALLED)  ## time the attention against PyTorch's and write book/runs/bench/
 	$(BIN)/python book/bench.py

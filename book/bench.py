@@ -11,9 +11,7 @@ import argparse
 import gc
 import json
 import os
-import platform
 import statistics
-import subprocess
 import sys
 import time
 from datetime import datetime, timezone
@@ -26,6 +24,7 @@ import torch
 import torch.nn.functional as F
 
 from xvit_minimal import SoftmaxAttention, XNormAttention, xnorm_attention
+from xvit_minimal.record import provenance, write
 
 ROOT = Path(__file__).resolve().parent.parent
 HEADS, D = 6, 64
@@ -134,35 +133,6 @@ def table(rows):
     return "\n".join(lines)
 
 
-def hardware(device):
-    cpu = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        names = [line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-        cpu = names[0] if names else cpu
-    gpu = driver = None
-    if device.type == "cuda":
-        gpu = torch.cuda.get_device_name()
-        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        driver = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]
-    return {"cpu": cpu, "cores": torch.get_num_threads(), "gpu": gpu, "driver": driver}
-
-
-def git_commit():
-    def git(*words):
-        return subprocess.run(["git", "-C", ROOT, *words], capture_output=True, text=True, check=True).stdout.strip()
-
-    changed = git("status", "--porcelain", "--", "xvit_minimal", "book/bench.py")
-    return git("rev-parse", "HEAD") + ("-dirty" if changed else "")
-
-
-def write(record, path):
-    """Write a record whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
-    os.replace(part, path)
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="N up to 1,024, two rounds, nothing recorded")
@@ -190,13 +160,11 @@ def main():
         "kind": "bench", "command": "python book/bench.py" + (f" --rounds {args.rounds}" if args.rounds != 5 else ""),
         "config": {"heads": HEADS, "channels_per_head": D, "tokens_in_a_batch": TOKENS,
                    "tokens_in_a_batch_for_slopes": max(FITTED), "dtype": "float32", "rounds": rounds},
-        "seed": 0, "commit": git_commit(), "started": started.isoformat(timespec="seconds"),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
-        "hardware": hardware(device), "wall_seconds": round(time.perf_counter() - clock, 1),
+        "seed": 0, **provenance(device), "started": started.isoformat(timespec="seconds"), "wall_seconds": round(time.perf_counter() - clock, 1),
         "results": rows,
     }
     path = ROOT / "book/runs/bench" / f"attention-{device.type}.json"
-    write(record, path)
+    write(path, json.dumps(record, indent=1, allow_nan=False).encode() + b"\n")
     print(f"recorded in {path.relative_to(ROOT)}")
 
 

@@ -26,8 +26,8 @@ _spec.loader.exec_module(sync)
 
 DEFINITION = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 ARROWS = {  # which of its own files a file of the package may import
-    "attention": set(), "data": set(), "model": {"attention"}, "baselines": {"attention"},
-    "dense": {"attention", "model"}, "train": {"attention", "data", "model"},
+    "attention": set(), "data": set(), "record": set(), "model": {"attention"}, "baselines": {"attention"},
+    "dense": {"attention", "model"}, "recipe": {"baselines", "model"}, "train": {"data", "model", "recipe", "record"},
 }
 TORCH_ALONE = {"torch", *sys.stdlib_module_names}
 
