@@ -59,6 +59,7 @@ def run_of(folder, **changes):
     (dict(augment="flop"), "nearest is 'flip'"), (dict(epochs=0), "epochs=0, expected at least 1"),
     (dict(batch_size=1), "BatchNorm"), (dict(lr=math.nan), "lr=nan"), (dict(lr=0), "positive"), (dict(mix=1.5), "0 to 1"),
     (dict(ema=1.0), "below 1"), (dict(seed=-1), "seed=-1"), (dict(limit=0), "limit=0"), (dict(warmup=-1), "warmup"),
+    (dict(attention="none"), "class_depth to 0"),
 ])
 def test_a_mistake_in_the_configuration_is_named(changes, message):
     with pytest.raises(ValueError, match=message):

@@ -6,7 +6,6 @@ A set is decoded once and held in memory as a whole, one byte a value: 154 MB fo
 
 import difflib
 import hashlib
-import math
 import os
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
@@ -32,7 +31,8 @@ WNIDS = {  # the names of Imagenette's class folders
     "n03028079": "church", "n03394916": "French horn", "n03417042": "garbage truck", "n03425413": "gas pump",
     "n03445777": "golf ball", "n03888257": "parachute",
 }
-KINDS = ("circle", "cross", "equals", "pause")  # of `shapes`; the last two are two bars, = and ‖
+AUGMENTATIONS = ("none", "flip", "shift", "crop", "shift+randaugment", "crop+randaugment")
+KINDS = ("circle", "cross", "equals", "pause")  # of `shapes`: ● × = ‖
 ORANGE_BLUE = np.array([(235, 110, 40), (50, 100, 240)])
 
 
@@ -40,9 +40,8 @@ ORANGE_BLUE = np.array([(235, 110, 40), (50, 100, 240)])
 class ImageSet:
     """Images in memory: images uint8 (n, 3, H, W), labels int64 (n,), the names of the classes, the name of the set.
 
-    `copy` says for a run's record which copy of the set this is. For dense prediction, or else None: masks uint8
-    (n, H, W), 0 for background and 1 + class elsewhere; boxes, a list of float (k, 4), x0 y0 x1 y1 in pixels;
-    box_labels, a list of int64 (k,).
+    `copy` says for a run's record which copy of the set this is. Of `shapes` alone, for dense prediction: masks uint8
+    (n, H, W), 0 or 1 + kind; boxes, a list of float (k, 4), x0 y0 x1 y1 in pixels; box_labels, a list of int64 (k,).
     """
 
     images: torch.Tensor
@@ -57,16 +56,10 @@ class ImageSet:
     def __len__(self):
         return len(self.images)
 
-    @property
-    def flips_only(self):
-        """Whether nothing but flips is sure to keep the class: in `shapes` it hangs on colours, and on the border."""
-        return self.name == "shapes"
-
     def to(self, device):
         """The same set with all its tensors on `device`."""
         def move(value):
-            if isinstance(value, list):
-                return [move(item) for item in value]
+            value = [move(item) for item in value] if isinstance(value, list) else value
             return value.to(device) if isinstance(value, torch.Tensor) else value
 
         return replace(self, **{key: move(value) for key, value in vars(self).items()})
@@ -82,12 +75,10 @@ def load(name, split="train", size=None, limit=None, root="data"):
     Raises ValueError, naming the file or folder, for what is missing, damaged or larger than the machine's memory.
     """
     if split not in ("train", "test") or any(number is not None and number < 1 for number in (size, limit)):
-        raise ValueError(f"got split={split!r}, size={size}, limit={limit}, expected 'train' or 'test', and positive "
-                         "numbers or None")
+        raise ValueError(f"got split={split!r}, size={size}, limit={limit}: give 'train' or 'test', positive numbers")
     size = size or (KNOWN[name][0] if name in KNOWN else 224)
     if name == "shapes":
-        n, seed = {"train": (10_000, 0), "test": (2_000, 1)}[split]
-        return shapes(limit or n, size, seed)
+        return shapes(limit or (10_000 if split == "train" else 2_000), size, seed=int(split == "test"))
     folder = find(name, root) or _download(name, Path(root))
     read = _read_cifar if name in KNOWN and folder.name in ("cifar-10-batches-py", "cifar-100-python") else _read_folder
     return read(name, folder, split, size, limit)
@@ -110,9 +101,8 @@ def find(name, root="data"):
             if folder.is_dir():
                 return folder
     if name not in KNOWN:
-        near = difflib.get_close_matches(name, KNOWN, n=1, cutoff=0)[0]
-        raise ValueError(f"got {name!r}, expected one of {', '.join(KNOWN)} or a folder that holds train/ and "
-                         f"test/: correct it (the nearest name is {near!r})")
+        raise ValueError(f"got {name!r}, expected one of {', '.join(KNOWN)} or a folder with train/ and test/: correct "
+                         f"it (the nearest name is {difflib.get_close_matches(name, KNOWN, n=1, cutoff=0)[0]!r})")
     return None
 
 
@@ -125,9 +115,9 @@ def _download(name, root):
             torchvision_class(unfinished, download=True, **({"size": "160px"} if name == "imagenette" else {}))
             return (Path(unfinished) / base).rename(root / base)
     except (OSError, RuntimeError) as error:
-        raise ValueError(f"{name} is not on this machine, and its download failed ({error}). Three ways out: put it, as "
-                         f"{base}/ or {name}/train/CLASS/*.png and {name}/test/CLASS/*.png, into a folder and let "
-                         f"XVIT_DATA name that; put it into {root}/; or take the generated set, --data shapes") from error
+        raise ValueError(f"{name} is not on this machine, and its download failed ({error}): put {base}/, or folders "
+                         f"{name}/train/CLASS and {name}/test/CLASS, into a folder that XVIT_DATA names; or put them "
+                         f"into {root}/; or take the set that is generated, --data shapes") from error
 
 
 def _read_cifar(name, folder, split, size, limit):
@@ -171,24 +161,22 @@ def _class_folders(folder, split, expected):
     test = folder / "test" if (folder / "test").is_dir() else folder / "val"
     part = folder / "train" if split == "train" else test
     if not part.is_dir():
-        raise ValueError(f"{folder}: got no folder {part.name}/ in it, expected train/CLASS/*.png and test/CLASS/*.png "
-                         "(or val/): correct the path, or arrange the images so")
+        raise ValueError(f"{part}: no such folder, expected train/CLASS/*.png and test/CLASS/*.png (or val/): add it")
     names = {p: sorted(c.name for c in p.iterdir() if c.is_dir() and not c.name.startswith("."))
              for p in (folder / "train", test) if p.is_dir()}
     if differ := set.symmetric_difference(*map(set, names.values())) if len(names) == 2 else None:
-        raise ValueError(f"{folder}: got the classes {sorted(differ)} in only one of train/ and {test.name}/, expected "
-                         "the same class folders in both: add the missing ones or take them away")
-    classes = names[part]
-    if not classes or expected and len(classes) != expected:
-        raise ValueError(f"{part}: got {len(classes)} class folders, expected {expected or 'some'}: complete them")
+        raise ValueError(f"{folder}: got classes {sorted(differ)} in only one of train/ and {test.name}/, expected the "
+                         "same in both: add or remove their folders")
+    if not names[part] or expected and len(names[part]) != expected:
+        raise ValueError(f"{part}: got {len(names[part])} class folders, expected {expected or 'some'}: complete them")
     samples = []
-    for label, c in enumerate(classes):
+    for label, c in enumerate(names[part]):
         files = sorted(file for file in (part / c).iterdir() if not file.name.startswith(".")
                        and file.suffix.lower() in datasets.folder.IMG_EXTENSIONS)
         if not files:
             raise ValueError(f"{part / c}: got no image, expected files such as *.png: add some or remove the folder")
         samples += [(file, label) for file in files]
-    return classes, samples
+    return names[part], samples
 
 
 def _read_image(path, size):
@@ -197,8 +185,8 @@ def _read_image(path, size):
         with open(path, "rb") as file:
             digest = hashlib.sha256(file.read()).digest()
             image = ImageOps.exif_transpose(Image.open(file))
-            transparent = "A" in image.mode or "transparency" in image.info
-            pixels = np.array(image.convert("RGBA" if transparent else "RGB"))  # (H, W, 3 or 4)
+            mode = "RGBA" if "A" in image.mode or "transparency" in image.info else "RGB"
+            pixels = np.array(image.convert(mode))  # (H, W, 3 or 4)
     except Exception as error:  # PIL's decoders raise many kinds: OSError, SyntaxError, struct.error, ...
         raise ValueError(f"{path}: cannot be read as an image ({error}): replace the file or take it away") from error
     return fit(torch.from_numpy(pixels).permute(2, 0, 1), size), digest
@@ -225,12 +213,12 @@ def fit(image, size):
                          "put the channels first and bring the values to 0..255")
     if image.shape[0] == 4:
         alpha = image[3:] / 255
-        image = (image[:3] * alpha + 255 * (1 - alpha)).round().to(torch.uint8)
+        image = image[:3] * alpha + 255 * (1 - alpha)
     H, W = image.shape[1:]
-    side = min(H, W)
-    top, left = (H - side) // 2, (W - side) // 2
+    top, left, side = max(H - W, 0) // 2, max(W - H, 0) // 2, min(H, W)
     image = image[:, top : top + side, left : left + side].expand(3, -1, -1)  # (3, side, side)
-    return image if side == size else v2.functional.resize(image, [size, size], antialias=True)
+    image = F.interpolate(image[None].float(), (size, size), mode="bilinear", antialias=True)[0]  # (3, size, size)
+    return image.round().to(torch.uint8)
 
 
 def normalize(x):
@@ -250,13 +238,14 @@ def shapes(n, size=32, seed=0):
     _check_memory(4 * n * size**2, f"{n:,} images of {size} x {size} pixels, with masks,")
     images, masks = torch.empty(n, 3, size, size, dtype=torch.uint8), torch.empty(n, size, size, dtype=torch.uint8)
     scene, noise = _scene(n, size, seed), np.random.RandomState([seed, 1])
-    for some in torch.arange(n).split(max(1, 2**20 // size**2)):  # a few at a time, to save memory
+    for start in range(0, n, step := max(1, 2**20 // size**2)):  # a few at a time, to save memory
+        some = slice(start, start + step)
         part = {key: value[some].astype(np.int32) for key, value in scene.items()}
         images[some], masks[some] = map(torch.from_numpy, _draw(size, noise, **part))
     x, y, r, kind = (torch.from_numpy(scene[key][:, :2]) for key in ("x", "y", "r", "kind"))  # each (n, 2): no cue
     boxes = torch.stack([x - r, y - r, x + r + 1, y + r + 1], dim=-1).float()  # (n, 2, 4)
-    return ImageSet(images, torch.arange(n) % len(KINDS), KINDS, "shapes", f"generated, seed {seed}",
-                    masks, list(boxes), list(kind))
+    labels, copy = torch.arange(n) % len(KINDS), f"generated, seed {seed}"
+    return ImageSet(images, labels, KINDS, "shapes", copy, masks, list(boxes), list(kind))
 
 
 def _scene(n, size, seed):
@@ -274,12 +263,11 @@ def _scene(n, size, seed):
     r = np.stack([draw(size // 6, size * 3 // 16), draw(size // 6, size * 3 // 16), np.full(n, size // 8)], 1)
     # u leads away from the border at which the cue lies, v along it: one shape stands in each half of v
     cue = draw(r[:, 2], size // 16 + r[:, 2])
-    near = cue + r[:, 2] + size * 7 // 24  # 7 pixels of 24, or more: no token of stride 4 sees cue and shape
+    near = cue + r[:, 2] + size * 7 // 24  # from 24 pixels on, no token of stride 4 (7 wide) sees the cue and a shape
     u = np.stack([draw(near + r[:, 0], size - 1 - r[:, 0]), draw(near + r[:, 1], size - 1 - r[:, 1]), cue], 1)
     v = np.stack([draw(r[:, 0], size // 2 - 1 - r[:, 0]), draw(size // 2 + r[:, 1], size - 1 - r[:, 1]),
                   draw(r[:, 2], size - 1 - r[:, 2])], 1)
-    turn, mirror = draw(0, 1)[:, None], draw(0, 1)[:, None]
-    u = np.where(mirror, size - 1 - u, u)
+    turn, u = draw(0, 1)[:, None], np.where(draw(0, 1)[:, None], size - 1 - u, u)
     tint = np.stack([draw(-20, 20) for _ in range(9)], 1).reshape(n, 3, 3)  # of each object, in red, green, blue
     ground = draw(80, 120)[:, None] + np.stack([draw(-6, 6) for _ in range(3)], 1)
     return dict(kind=kind, r=r, x=np.where(turn, v, u), y=np.where(turn, u, v), colour=ORANGE_BLUE[colour] + tint,
@@ -290,8 +278,7 @@ def _draw(size, noise, kind, r, x, y, colour, ground, slope):
     """The images uint8 (n, 3, size, size) and masks uint8 (n, size, size) of a scene."""
     row, column = np.arange(size, dtype=np.int32)[:, None], np.arange(size, dtype=np.int32)
     grade = (slope[:, 0, None, None] * column + slope[:, 1, None, None] * row) // size  # (n, size, size)
-    image = ground[:, :, None, None] + grade[:, None]  # (n, 3, size, size)
-    mask = np.zeros_like(grade)
+    image, mask = ground[:, :, None, None] + grade[:, None], np.zeros_like(grade)  # (n, 3, size, size) and grade's
     for i in range(3):
         x_i, y_i, r_i, kind_i = (value[:, i, None, None] for value in (x, y, r, kind))  # each (n, 1, 1)
         inside = _inside(kind_i, abs(column - x_i), abs(row - y_i), r_i)  # (n, size, size)
@@ -304,35 +291,36 @@ def _draw(size, noise, kind, r, x, y, colour, ground, slope):
 def _inside(kind, dx, dy, r):
     """Whether a pixel, dx columns and dy rows from the centre, belongs to the object: one of KINDS, or the cue."""
     circle, square, bar = dx**2 + dy**2 <= r**2, np.maximum(dx, dy) <= r, r // 3
-    return square & np.choose(kind, [circle, np.minimum(dx, dy) <= bar, dy > bar, dx > bar, square])
+    return square & np.choose(kind, [circle, abs(dx - dy) <= r // 4, dy > bar, dx > bar, square])
 
 
 class Augment(nn.Module):
-    """Batches uint8 (B, 3, H, W) on any device -> float32 (B, 3, size, size) on it, changed at random and normalized.
+    """Batches uint8 (B, 3, H, W) on any device -> float32 (B, 3, H, W) on it, changed at random and normalized.
 
-    Each image is flipped and cropped by draws of its own: one stored at `size` is shifted, a larger one is cropped at
-    random and resized. Then, with one draw for every `group` images: RandAugment (magnitude 9), and with probability
-    `erasing` a rectangle set to 0. With `flips_only` (see ImageSet) images are flipped and normalized.
-    All draws come from torch's global CPU generator, so that its state decides the result on every device.
-    Raises ValueError for a batch that is not uint8 or is smaller than `size`. Source: Cubuk et al., arXiv:1909.13719.
+    `how` is one of AUGMENTATIONS. All but "none" mirror each image with probability 1/2; "shift" then moves it by up to
+    an eighth of its side, "crop" enlarges a part of it, each by a draw of its own. "+randaugment" adds RandAugment (two
+    operations, magnitude 9) with one draw for every `group` images. All draws come from torch's global CPU generator.
+    Raises ValueError for another `how`, or a batch that is no uint8. Source: Cubuk et al., arXiv:1909.13719.
     """
 
-    def __init__(self, size, flips_only=False, group=16, erasing=0.0):
+    def __init__(self, how="shift+randaugment", group=16):
         super().__init__()
-        self.size, self.flips_only, self.group = size, flips_only, group
-        self.per_group = nn.Sequential(v2.RandAugment(num_ops=2, magnitude=9, fill=128), v2.Lambda(normalize),
-                                       v2.RandomErasing(p=erasing))
+        if how not in AUGMENTATIONS:
+            raise ValueError(f"got augmentation {how!r}, expected one of {', '.join(AUGMENTATIONS)}")
+        self.how, self.group = how, group
+        self.randaugment = v2.RandAugment(num_ops=2, magnitude=9, fill=128)
 
     def forward(self, x):
-        sides, size = x.shape[2:], self.size
-        if x.ndim != 4 or x.shape[1] != 3 or x.dtype != torch.uint8 or min(sides) < size:
-            raise ValueError(f"got a batch {x.dtype} {tuple(x.shape)}, expected torch.uint8 (B, 3, H, W) with sides of "
-                             f"{size} or more: load the set with size={size}")
-        x = flip(x)
-        if self.flips_only:
-            return normalize(x)
-        x = shift(x, size // 8) if sides == (size, size) else resized_crop(x, size)  # (B, 3, size, size)
-        return torch.cat([self.per_group(part) for part in x.split(self.group)])
+        if x.ndim != 4 or x.shape[1] != 3 or x.dtype != torch.uint8:
+            raise ValueError(f"got a batch {x.dtype} {tuple(x.shape)}, expected torch.uint8 (B, 3, H, W), as load returns them")
+        move, _, more = self.how.partition("+")
+        if move != "none":
+            x = flip(x)
+        if move in ("shift", "crop"):
+            x = shift(x, x.shape[-1] // 8) if move == "shift" else resized_crop(x, x.shape[-1])
+        if more:
+            x = torch.cat([self.randaugment(part) for part in x.split(self.group)])
+        return normalize(x)
 
 
 def flip(x):

@@ -20,21 +20,21 @@ from .attention import XNormAttention
 
 
 class ConvStem(nn.Sequential):
-    """Image to tokens by 3x3 convolutions of stride 2: (B, in_channels, H, W) -> (B, dim, H / stride, W / stride).
+    """Image to tokens by 3x3 convolutions of stride 2: (B, 3, H, W) -> (B, dim, H / stride, W / stride).
 
     log2(stride) convolutions, each with BatchNorm, GELU between them; the width doubles at each, up to `dim`.
     Raises ValueError if `stride` is not 2, 4, 8 or 16 or does not leave the first convolution a whole width.
     Source: Xiao et al., arXiv:2106.14881, in the form of XCiT, arXiv:2106.09681.
     """
 
-    def __init__(self, dim, stride, in_channels=3):
+    def __init__(self, dim, stride):
         if stride not in (2, 4, 8, 16):
             raise ValueError(f"got a stem stride of {stride!r}, expected 2, 4, 8 or 16 pixels a token")
         steps = stride.bit_length() - 1
         if dim % 2 ** (steps - 1):
             raise ValueError(f"got dim={dim} and a stem stride of {stride}, expected a multiple of {2 ** (steps - 1)}: "
                              "the stem doubles its width at each of its convolutions")
-        widths = [in_channels] + [dim // 2**n for n in reversed(range(steps))]
+        widths = [3] + [dim // 2**n for n in reversed(range(steps))]
         super().__init__(*(
             Conv2dNormActivation(a, b, kernel_size=3, stride=2, activation_layer=nn.GELU if n < steps else None, inplace=None)
             for n, (a, b) in enumerate(zip(widths, widths[1:]), start=1)))
@@ -199,7 +199,8 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
     def forward(self, x):
         if not self.training:
             return super().forward(x)
-        moments = torch.stack([x.float().mean((0, 2, 3)), x.float().square().mean((0, 2, 3))])  # (2, C)
+        y = x.to(torch.promote_types(x.dtype, torch.float32))  # (B, C, h, w)
+        moments = torch.stack([y.mean((0, 2, 3)), y.square().mean((0, 2, 3))])  # (2, C)
         mean, square = _AllReduce.apply(moments) / dist.get_world_size()  # (C), (C)
         var = square - mean.square()  # (C)
         n = dist.get_world_size() * x.numel() / x.shape[1]

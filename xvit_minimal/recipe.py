@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import get_args
 
 from .baselines import ATTENTIONS
+from .data import AUGMENTATIONS
 from .model import SIZES, XViT
 
 
@@ -42,7 +43,7 @@ class Config:
     warmup: float = _option(10, "epochs of linear warm-up, at most a fifth of all")
     weight_decay: float = _option(0.05, "on the weights of linear maps and convolutions alone")
     label_smoothing: float = _option(0.1, "share of each label that is spread over all classes")
-    augment: str = _option("full", "full (crop, flip, RandAugment), crop (crop, flip), flip, or none")
+    augment: str = _option("shift+randaugment", f"one of {', '.join(AUGMENTATIONS)}")
     mix: float = _option(0.6, "share of the epochs, from the first on, with mixup and cutmix, 0 to 1")
     drop_path: float = _option(0.1, "probability of stochastic depth")
     ema: float = _option(0.999, "decay of the averaged weights, which are the ones evaluated and kept")
@@ -56,7 +57,10 @@ class Config:
     def __post_init__(self):
         known("model", self.model, SIZES)
         known("attention", self.attention, ATTENTIONS)
-        known("augment", self.augment, ("full", "crop", "flip", "none"))
+        known("augment", self.augment, AUGMENTATIONS)
+        if self.attention == "none" and self.class_depth != 0:
+            raise ValueError("got attention 'none' with a class token, which would see no image: set class_depth to 0, the "
+                             "mean over the tokens")
         for names, fits, words in _RANGES:
             for name in names.split():
                 if (value := getattr(self, name)) is not None and not fits(value):
@@ -75,8 +79,9 @@ _RANGES = (
 
 
 RECIPES = {  # what a set wants instead of Config's defaults
-    "shapes": dict(model="xvit_pico", epochs=10, batch_size=128, lr=2e-3, warmup=1, label_smoothing=0.0, augment="flip",
+    "shapes": dict(model="xvit_pico", epochs=3, batch_size=128, lr=2e-3, warmup=1, label_smoothing=0.0, augment="flip",
                    mix=0.0, drop_path=0.0, ema=0.98),
+    "imagenette": dict(stem_stride=8, augment="crop+randaugment", batch_size=128),
 }
 
 
@@ -163,7 +168,7 @@ stopped, by Ctrl-C or by force, and the run goes on where its last checkpoint st
 _EPILOG = """examples:
   python -m xvit_minimal.train
   python -m xvit_minimal.train --data cifar10 --model xvit_nano --epochs 100 --out runs/cifar10
-  python -m xvit_minimal.train --data cifar10 --limit 10000 --augment crop --stem-stride 4 --attention softmax --out runs/softmax
+  python -m xvit_minimal.train --data cifar10 --limit 10000 --augment shift --stem-stride 4 --attention softmax --out runs/softmax
   python -m xvit_minimal.train --data path/to/folder --size 128 --stem-stride 8 --out runs/mine   # train/CLASS/*, test/CLASS/*
   torchrun --nproc-per-node 8 -m xvit_minimal.train --data cifar10 --out runs/cifar10
 

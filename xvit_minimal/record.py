@@ -71,7 +71,8 @@ def provenance(device):
     gpu = driver = None
     if torch.device(device).type == "cuda":
         gpu = torch.cuda.get_device_name()
-        driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split()[0]
+        with contextlib.suppress(OSError, subprocess.CalledProcessError):  # not every GPU is NVIDIA's
+            driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split()[0]
     return {"commit": _commit(), "versions": versions,
             "hardware": {"cpu": _cpu(), "cores": torch.get_num_threads(), "gpu": gpu, "driver": driver}}
 

@@ -56,7 +56,7 @@ class Run:
         self.ema = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(config.ema), use_buffers=True)
         self.optimizer = torch.optim.AdamW(parameter_groups(self.model, config.weight_decay), lr=1.0)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda n: learning_rate(n, config, self.steps))
-        self.augment = data.normalize if config.augment == "none" else data.Augment(self.size, flips_only=config.augment == "flip")
+        self.augment = data.Augment(config.augment)
         self.mix = v2.RandomChoice([v2.MixUp(alpha=0.8, num_classes=classes), v2.CutMix(alpha=1.0, num_classes=classes)])
         self.net = DistributedDataParallel(self.model) if dist.is_initialized() else self.model
         if config.compile:
@@ -213,7 +213,6 @@ def train(config):
     gpu = device.type == "cuda"
     wanted, config = config, replace(config, device=device.type, compile=gpu if config.compile is None else config.compile,
                              amp=gpu and torch.cuda.is_bf16_supported() if config.amp is None else config.amp)
-    Path(config.out).mkdir(parents=True, exist_ok=True)
     if _rank():
         dist.barrier()  # the first process alone downloads
     train_set = data.load(config.data, "train", config.size, config.limit)
@@ -229,6 +228,8 @@ def train(config):
                                             "splits": {"train": len(train_set), "test": len(test_set)}}}
     run = Run(config, train_set.to(device), test_set.to(device), device)
     run.resume()
+    if run.step == 0:
+        run.save()  # a folder that cannot be written is found out now, and not after an epoch
     about["parameters"], about["multiply_adds"] = cost(run.model, run.size)
     with _interruptible() as asked:
         while run.epoch < config.epochs:
@@ -280,8 +281,8 @@ def main():
     if _rank() == 0:
         print(f"top-1 {record['results'][0]['test_top1']:.1%} on {record['data']['splits']['test']:,} test images, in {config.out}/record.json")
         if config.data == "shapes":
-            print("next: the same with --attention none --class-depth 0 --out runs/none, so that no token sees another; real\n"
-                  "images with --data cifar10; every option with --help")
+            print("next: --attention none --class-depth 0 --no-lpi --out runs/none, where no token sees another, and learns "
+                  "nothing\nof what it takes; --data cifar10, for real images; --help, for every option")
     if dist.is_initialized():
         dist.destroy_process_group()
 
