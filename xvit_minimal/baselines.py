@@ -11,21 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .attention import SoftmaxAttention, XNormAttention, _check_heads, _split_heads
+from .attention import SoftmaxAttention, XNormAttention, _split_heads
 
 
-class _Attention(nn.Module):
-    """What all share: q, k, v by one linear map, heads, and an output map: (B, N, C) -> (B, N, C).
+class _Attention(SoftmaxAttention):
+    """SoftmaxAttention's linear maps and heads, with `mix` in the place of its softmax: (B, N, C) -> (B, N, C).
 
-    `mix` is what differs: q, k, v, each (B, h, N, d) -> (B, h, N, d).
+    `mix` is what differs: q, k, v, each (B, h, N, d) -> (B, h, N, d). No mask.
     Raises ValueError if `dim` is not a multiple of `num_heads`, or if an input does not fit.
     """
-
-    def __init__(self, dim, num_heads=8, qkv_bias=False):
-        super().__init__()
-        self.dim, self.num_heads = dim, _check_heads(dim, num_heads)
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
-        self.proj = nn.Linear(dim, dim)
 
     def forward(self, x):
         q, k, v, _ = _split_heads(self, x, None)  # each (B, h, N, d)
