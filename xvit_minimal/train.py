@@ -281,8 +281,8 @@ def main():
     if _rank() == 0:
         print(f"top-1 {record['results'][0]['test_top1']:.1%} on {record['data']['splits']['test']:,} test images, in {config.out}/record.json")
         if config.data == "shapes":
-            print("next: --attention none --class-depth 0 --no-lpi --out runs/none, where no token sees another, and learns "
-                  "nothing\nof what it takes; --data cifar10, for real images; --help, for every option")
+            print("next: --attention none --class-depth 0 --no-lpi --out runs/none, to see what is left when no token sees "
+                  "another;\n--data cifar10, for real images; --help, for every option")
     if dist.is_initialized():
         dist.destroy_process_group()
 
