@@ -3,15 +3,18 @@ import importlib
 import importlib.util
 import subprocess
 import sys
+from pathlib import Path
 
-PACKAGE = "git+https://github.com/OWNER/REPOSITORY@REF"
+SOURCE = "https://github.com/OWNER/REPOSITORY@REF"
 if importlib.util.find_spec("xvit_minimal") is None:
     if "google.colab" not in sys.modules:
         raise ModuleNotFoundError("xvit_minimal is not installed: run `make book` in the repository's root and choose "
                                   "its .venv as the kernel, or run `pip install --no-deps -e .` there")
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", PACKAGE]  # leaves Colab's torch alone
-    if subprocess.run(pip).returncode:
-        raise ModuleNotFoundError(f"could not install {PACKAGE}: check the runtime's network, or upload the folder "
+    url, ref = SOURCE.rsplit("@", 1)
+    clone = ["git", "clone", "--quiet", "--depth", "1", "--branch", ref, url, "xvit"]
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "./xvit"]  # leaves Colab's torch alone
+    if any(subprocess.run(command).returncode for command in (clone, pip)):
+        raise ModuleNotFoundError(f"could not install {SOURCE}: check the runtime's network, or upload the folder "
                                   "xvit_minimal/ of the repository next to this notebook")
     importlib.invalidate_caches()
 for name, pip_name in [("torchvision", "torchvision"), ("einops", "einops"), ("sklearn", "scikit-learn")]:
@@ -30,6 +33,8 @@ plt.rcParams.update({
     "font.size": 11, "axes.titlesize": 11, "axes.spines.top": False, "axes.spines.right": False,
     "axes.grid": True, "grid.alpha": 0.25, "lines.linewidth": 2, "legend.frameon": False, "image.cmap": "viridis",
 })
+# where the records and weights of the book are: above this notebook, or, on Colab, in the clone beside it
+BOOK = next((p / "book" for p in (Path("xvit"), Path(), *Path.cwd().parents) if (p / "_toc.yml").exists()), Path("book"))
 torch.manual_seed(0)
 torch.set_num_threads(2)  # the same sums in the same order on every machine
 device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

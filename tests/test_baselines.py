@@ -8,9 +8,10 @@ import torch
 from torch import nn
 
 from xvit_minimal import XViT, baselines, xnorm_attention
-from xvit_minimal.baselines import (ATTENTIONS, XCA, EfficientAttention, LinearAttention, NoMixing, SimA,
-                                    UnnormalizedAttention)
+from xvit_minimal.baselines import (ATTENTIONS, VARIANTS, XCA, EfficientAttention, LinearAttention, NoMixing, SimA,
+                                    UnnormalizedAttention, _XNormVariant)
 
+ALL = ATTENTIONS | VARIANTS
 BASELINES = [XCA, LinearAttention, EfficientAttention, SimA, UnnormalizedAttention, NoMixing]
 
 
@@ -95,6 +96,11 @@ def filled(cls, dim=12, num_heads=3):
     return module
 
 
+def learned(module):
+    """The parameters that training moves: all but the gammas that a variant fixes."""
+    return [p for p in module.parameters() if p.requires_grad]
+
+
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
@@ -124,13 +130,13 @@ def test_xca_equals_timm_with_the_same_weights():
 def test_table_holds_every_attention_once():
     defined = [c for name, c in vars(baselines).items() if inspect.isclass(c) and issubclass(c, nn.Module)
                and not name.startswith("_")]
-    assert set(ATTENTIONS.values()) == set(defined) and len(ATTENTIONS) == len(defined)
-    assert set(BASELINES) < set(defined)
+    assert set(ALL.values()) == set(defined) and len(ATTENTIONS) + len(VARIANTS) == len(defined)
+    assert set(BASELINES) < set(defined) and all(issubclass(cls, _XNormVariant) for cls in VARIANTS.values())
 
 
-@pytest.mark.parametrize("name", ATTENTIONS)
+@pytest.mark.parametrize("name", ALL)
 def test_same_constructor_parameters_and_shapes(name):
-    cls = ATTENTIONS[name]
+    cls = ALL[name]
     assert list(inspect.signature(cls).parameters) == ["dim", "num_heads", "qkv_bias"]
     assert cls(16).num_heads == 8 and cls(16).qkv.bias is None and cls(16, qkv_bias=True).qkv.bias.shape == (48,)
     shapes = {key: tuple(value.shape) for key, value in cls(12, 3).state_dict().items()}
@@ -141,42 +147,42 @@ def test_same_constructor_parameters_and_shapes(name):
         assert cls(12, 3)(torch.randn(2, N, 12)).shape == (2, N, 12)
 
 
-@pytest.mark.parametrize("name", ATTENTIONS)
+@pytest.mark.parametrize("name", ALL)
 def test_errors_say_what_to_do(name):
     with pytest.raises(ValueError, match=r"got dim=10 and num_heads=4.*may be one of \[1, 2, 5, 10\]"):
-        ATTENTIONS[name](10, 4)
+        ALL[name](10, 4)
     with pytest.raises(ValueError, match=r"got x of shape \(2, 12, 4, 4\), expected \(batch, tokens, 12\): flatten"):
-        ATTENTIONS[name](12, 3)(torch.randn(2, 12, 4, 4))
+        ALL[name](12, 3)(torch.randn(2, 12, 4, 4))
 
 
-@pytest.mark.parametrize("name", ATTENTIONS)
+@pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize("x", [torch.randn(2, 9, 12), torch.zeros(2, 9, 12), 1e4 * torch.randn(2, 9, 12)],
                          ids=["normal", "zero", "large"])
 def test_outputs_and_gradients_are_finite(name, x):
-    module, x = ATTENTIONS[name](12, 3), x.clone().requires_grad_()
+    module, x = ALL[name](12, 3), x.clone().requires_grad_()
     out = module(x)
     out.square().sum().backward()
     assert out.isfinite().all()
-    assert all(t.grad is not None and t.grad.isfinite().all() for t in [x, *module.parameters()])
+    assert all(t.grad is not None and t.grad.isfinite().all() for t in [x, *learned(module)])
 
 
-@pytest.mark.parametrize("name", ATTENTIONS)
+@pytest.mark.parametrize("name", ALL)
 def test_permuted_tokens_give_permuted_outputs(name):
-    module, x, order = filled(ATTENTIONS[name]), draw(2, 9, 12), torch.randperm(9)
+    module, x, order = filled(ALL[name]), draw(2, 9, 12), torch.randperm(9)
     assert relative(module(x[:, order]), module(x)[:, order]) < 1e-12
 
 
-@pytest.mark.parametrize("name", ATTENTIONS)
+@pytest.mark.parametrize("name", ALL)
 def test_images_of_a_batch_do_not_mix(name):
-    module, x = filled(ATTENTIONS[name]), draw(3, 9, 12)
+    module, x = filled(ALL[name]), draw(3, 9, 12)
     assert relative(module(x), torch.cat([module(image[None]) for image in x])) < 1e-12
 
 
-@pytest.mark.parametrize("name", ATTENTIONS)
+@pytest.mark.parametrize("name", ALL)
 def test_trains_one_step_inside_the_model(name):
-    model = XViT(img_size=16, num_classes=3, dim=16, depth=2, num_heads=2, stem_stride=4, attention=ATTENTIONS[name],
+    model = XViT(img_size=16, num_classes=3, dim=16, depth=2, num_heads=2, stem_stride=4, attention=ALL[name],
                  class_depth=0)
-    before = [p.detach().clone() for p in model.parameters()]
+    before = [p.detach().clone() for p in learned(model)]
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     x, y = torch.randn(6, 3, 16, 16), torch.arange(6) % 3
     losses = []
@@ -184,11 +190,65 @@ def test_trains_one_step_inside_the_model(name):
         loss = nn.functional.cross_entropy(model(x), y)
         optimizer.zero_grad()
         loss.backward()
-        assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in learned(model))
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < losses[0]
-    assert all((p != old).any() for p, old in zip(model.parameters(), before))
+    assert all((p != old).any() for p, old in zip(learned(model), before))
+
+
+# ---------------------------------------------------------------------------------- X-ViT's own with one thing changed
+
+
+def loop_variant(name, q, k, v, gamma_q, gamma_kv):
+    """What a variant has to compute for one head, q, k, v (N, d), with loops over channels and Python's arithmetic."""
+    N, d = q.shape
+
+    def unit(x, power=2, centre=False):  # a vector (d,)
+        x = [y - sum(x) / len(x) for y in x] if centre else list(x)
+        length = sum(abs(y) ** power for y in x) ** (1 / power)
+        return [y / length for y in x]
+
+    how = {"power": 1 if name == "xnorm-l1" else 2, "centre": name == "xnorm-centred"}
+    kv = [[sum(k[n, c] * v[n, j] for n in range(N)) for j in range(d)] for c in range(d)]  # [c][j]
+    if name == "xnorm-rows":
+        kv = [unit(row) for row in kv]
+    elif name == "xnorm-q-only":
+        kv = [[y / N for y in row] for row in kv]
+    else:
+        kv = [list(row) for row in zip(*(unit([kv[c][j] for c in range(d)], **how) for j in range(d)))]
+    rows = [list(row) if name == "xnorm-kv-only" else unit(list(row), **how) for row in q]
+    second = gamma_q if name in ("xnorm-shared-gamma", "xnorm-random-gamma") else gamma_kv
+    return torch.tensor([[gamma_q * second * sum(row[c] * kv[c][j] for c in range(d)) for j in range(d)] for row in rows],
+                        dtype=torch.float64)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_variant_equals_loops(name):
+    module, (q, k, v) = filled(VARIANTS[name]), (draw(1, 3, 7, 4) for _ in range(3))
+    with torch.no_grad():
+        out = module.mix(q, k, v)
+        for head in range(3):
+            gammas = [getattr(module, g, module.gamma_q)[head].item() for g in ("gamma_q", "gamma_kv")]
+            assert relative(out[0, head], loop_variant(name, q[0, head], k[0, head], v[0, head], *gammas)) < 1e-12
+
+
+def test_variants_start_from_the_package_s_attention():
+    ours, clear, x = filled(ALL["xnorm"]), filled(_XNormVariant), draw(2, 7, 12)
+    clear.load_state_dict(ours.state_dict())
+    assert relative(clear(x), ours(x)) < 1e-12
+    for name in ("xnorm-rows", "xnorm-kv-only", "xnorm-q-only", "xnorm-l1", "xnorm-centred"):
+        other = VARIANTS[name](12, 3, qkv_bias=True).double()
+        other.load_state_dict(ours.state_dict())
+        assert relative(other(x), ours(x)) > 1e-2, f"{name} computes the same"
+
+
+def test_gammas_of_the_variants():
+    fixed = VARIANTS["xnorm-fixed-gamma"](12, 3)
+    assert (fixed.gamma_q == 1).all() and (fixed.gamma_kv == 1).all() and not fixed.gamma_q.requires_grad
+    shared, drawn = VARIANTS["xnorm-shared-gamma"](12, 3), VARIANTS["xnorm-random-gamma"](4096, 1024)
+    assert (shared.gamma_q == 1).all() and [n for n, _ in shared.named_parameters() if "gamma" in n] == ["gamma_q"]
+    assert abs(drawn.gamma_q.mean()) < 0.15 and abs(drawn.gamma_q.std() - 1) < 0.1
 
 
 # ------------------------------------------------------------------------------------- what sets one apart from another
@@ -291,9 +351,9 @@ def test_float16_holds_for_short_sequences_and_for_long_ones_only_where_no_sum_g
         assert math.isnan(error) or error > 0.5 if grows and N == 65536 else error < 5e-3
 
 
-@pytest.mark.parametrize("name", ATTENTIONS)
+@pytest.mark.parametrize("name", ALL)
 def test_autocast_agrees_with_float32(name):
-    module, x = ATTENTIONS[name](32, 4), torch.randn(2, 64, 32)
+    module, x = ALL[name](32, 4), torch.randn(2, 64, 32)
     with torch.autocast("cpu", torch.bfloat16):
         out = module(x)
     assert relative(out, module(x)) < 5e-2

@@ -236,7 +236,7 @@ def objects(value):
 
 
 EVERY_RUN = {  # key: (what it has to be, in words)
-    "kind": (lambda v: v in ("bench", "train"), '"bench" or "train"'),
+    "kind": (lambda v: v in ("bench", "train", "evaluate"), '"bench", "train" or "evaluate"'),
     "command": (lambda v: isinstance(v, str) and v.split(" ")[0] in ("python", "make"), "a command of python or make"),
     "config": (lambda v: isinstance(v, dict), "an object"),
     "seed": (lambda v: type(v) is int, "an integer"),

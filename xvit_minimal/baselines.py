@@ -183,6 +183,8 @@ class XNormCentred(_XNormVariant):
 ATTENTIONS = {
     "xnorm": XNormAttention, "softmax": SoftmaxAttention, "xca": XCA, "linear": LinearAttention,
     "efficient": EfficientAttention, "sima": SimA, "unnormalized": UnnormalizedAttention, "none": NoMixing,
+}
+VARIANTS = {
     "xnorm-rows": XNormRows, "xnorm-fixed-gamma": XNormFixedGamma, "xnorm-shared-gamma": XNormSharedGamma,
     "xnorm-random-gamma": XNormRandomGamma, "xnorm-kv-only": XNormKVOnly, "xnorm-q-only": XNormQOnly, "xnorm-l1": XNormL1,
     "xnorm-centred": XNormCentred,

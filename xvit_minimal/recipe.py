@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import get_args
 
-from .baselines import ATTENTIONS
+from .baselines import ATTENTIONS, VARIANTS
 from .data import AUGMENTATIONS
 from .model import SIZES, XViT
 
@@ -27,7 +27,7 @@ class Config:
     data: str = _option("shapes", "a set by name (cifar10, cifar100, imagenette, shapes) or a folder of class folders")
     out: str = _option("runs/shapes", "folder of the run, runs/DATA by default; an unfinished run in it goes on")
     model: str = _option("xvit_nano", f"one of {', '.join(SIZES)}")
-    attention: str = _option("xnorm", f"one of {', '.join(ATTENTIONS)}")
+    attention: str = _option("xnorm", f"one of {', '.join(ATTENTIONS | VARIANTS)}")
     dim: int | None = _option(None, "width, instead of the model's")
     depth: int | None = _option(None, "number of blocks, instead of the model's")
     num_heads: int | None = _option(None, "heads, instead of the model's")
@@ -56,7 +56,7 @@ class Config:
 
     def __post_init__(self):
         known("model", self.model, SIZES)
-        known("attention", self.attention, ATTENTIONS)
+        known("attention", self.attention, ATTENTIONS | VARIANTS)
         known("augment", self.augment, AUGMENTATIONS)
         if self.attention == "none" and self.class_depth != 0:
             raise ValueError("got attention 'none' with a class token, which would see no image: set class_depth to 0, the "
@@ -95,7 +95,7 @@ def build(config, num_classes, img_size):
     sizes = {k: getattr(config, k) for k in ("dim", "depth", "num_heads", "stem_stride", "class_depth")}
     changes = {k: v for k, v in sizes.items() if v is not None}
     return XViT(**{**SIZES[config.model], **changes, "num_classes": num_classes, "img_size": img_size,
-                   "attention": ATTENTIONS[config.attention], "lpi": config.lpi, "drop_path": config.drop_path})
+                   "attention": (ATTENTIONS | VARIANTS)[config.attention], "lpi": config.lpi, "drop_path": config.drop_path})
 
 
 def parameter_groups(model, weight_decay):
