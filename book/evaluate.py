@@ -11,6 +11,7 @@ With --jpeg, each set is also compressed by JPEG at that quality, and a second r
 
 import argparse
 import hashlib
+import io
 import json
 import os
 import sys
@@ -21,9 +22,10 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save
-from torchvision.transforms import v2
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 from xvit_minimal import data
 from xvit_minimal.record import provenance, write
@@ -78,13 +80,19 @@ def row(path, images, mistakes, device):
     return found, right
 
 
+def jpeg(image, quality):
+    """An image uint8 (3, H, W) after JPEG compression, the colours at half resolution as is usual."""
+    to_pil_image(image).save(buffer := io.BytesIO(), "JPEG", quality=quality, subsampling="4:2:0")
+    return pil_to_tensor(Image.open(buffer))
+
+
 def rows(files, images, options, device):
     """The rows of one set: one for each file, and one more for each after JPEG if that is asked for."""
     for path in files:
         found, right = row(path, images, options.mistakes, device)
         yield found
         if options.jpeg:
-            squeezed = torch.stack([v2.JPEG(options.jpeg)(image) for image in images.images])  # (n, 3, S, S)
+            squeezed = torch.stack([jpeg(image, options.jpeg) for image in images.images])  # (n, 3, S, S)
             again, still = row(path, replace(images, images=squeezed), 0, device)
             yield {**again, "jpeg": options.jpeg, "right_before_only": (right & ~still).sum().item(),
                    "right_after_only": (still & ~right).sum().item()}

@@ -1,8 +1,10 @@
 """The figures on the landing page and in the README against the records, and the bench that writes the record."""
 
 import copy
+import json
 import re
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -65,6 +67,71 @@ def test_the_bench_measures_every_kind_of_row(what, backward):
     assert row["tokens"] == 64 and row["batch"] == 2 and row["ratio"] > 0
     result_bytes = 2 * bench.HEADS * 64 * bench.D * 4  # the output alone
     assert row["xnorm_peak_bytes"] >= result_bytes and row["softmax_peak_bytes"] >= result_bytes
+
+
+def test_the_rows_on_a_cpu_are_those_of_the_record(run):
+    rows = [(r["tokens"], r["batch"]) for r in run["results"] if (r["what"], r["pass"]) == ("contiguous", "forward")]
+    assert bench.shapes(torch.device("cpu")) == rows
+
+
+def test_slopes_on_a_gpu_are_fitted_to_all_long_sequences():
+    shapes = bench.shapes(torch.device("cuda"))
+    assert max(N for N, _ in shapes) == 65536 and all(N * B <= bench.GPU_TOKENS for N, B in shapes)
+    chosen = [(N, B) for N, B in shapes if N >= min(bench.FITTED)]
+    assert all(N * B == bench.GPU_TOKENS for N, B in chosen)
+    rows = [{"what": "x", "pass": "forward", "tokens": N, "batch": B, "softmax_seconds": B * N**2, "xnorm_seconds": B * N,
+             "softmax_peak_bytes": B, "xnorm_peak_bytes": B * (1e9 if N == 65536 else 1)} for N, B in shapes]
+    (fitted,) = bench.slopes(rows)
+    assert fitted["softmax_seconds_slope"] == pytest.approx(2) and fitted["xnorm_seconds_slope"] == pytest.approx(1)
+    assert fitted["xnorm_peak_bytes_slope"] > 1  # the longest sequence counts
+
+
+@pytest.mark.parametrize("what, passes, peer", [("contiguous", False, "softmax"), ("views", True, "softmax"),
+                                                ("module", False, "softmax_compiled")])
+def test_on_a_gpu_the_compiled_form_is_measured_against_the_rate_of_a_copy(what, passes, peer, monkeypatch):
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager", fullgraph=True))
+    taken = {}
+    in_turn = bench.in_turn
+    monkeypatch.setattr(bench, "in_turn", lambda *a: taken.update(in_turn(*a)) or taken)
+    plain = bench.measure(what, 64, 2, passes, 1, torch.device("cpu"))
+    assert set(taken) == {"softmax", "xnorm"}
+    row = bench.measure(what, 64, 2, passes, 1, torch.device("cpu"), rate=1e9)
+    assert set(plain) < set(row)  # only more fields: what reads the record of a CPU reads that of a GPU
+    assert row["compiled_ratio"] == taken[peer][0] / taken["xnorm_compiled"][0]
+    assert ("softmax_compiled_seconds" in row) == (what == "module") and row["xnorm_compiled_peak_bytes"] > 0
+    assert ("bandwidth_share" in row) == (what == "contiguous")
+    if what == "contiguous":
+        assert row["least_seconds"] == pytest.approx(4 * 2 * bench.HEADS * 64 * bench.D * 4 / 1e9)  # q, k, v, output; float32
+        assert row["bandwidth_share"] == row["least_seconds"] / row["xnorm_compiled_seconds"]
+    line = bench.table([row]).splitlines()[-1]
+    assert f"{row['compiled_ratio']:.2f}x" in line and line.startswith(bench.table([plain]).splitlines()[-1][:40])
+
+
+def test_every_length_is_compiled_for_itself(monkeypatch):
+    """torch gives up compiling a function anew after eight shapes, and from then on runs it as it is."""
+    graphs = []
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=lambda graph, _: graphs.append(graph) or graph))
+    lengths = range(2, 12)
+    for N in lengths:
+        q = torch.randn(1, 2, N, 4)
+        bench.call(bench.compiled({"xnorm": bench.xnorm_attention})["xnorm"], (q, q, q), False)
+    assert len(graphs) == len(lengths)
+
+
+def test_the_rate_of_a_copy_counts_bytes_read_and_written(monkeypatch):
+    def half_a_second(function, arguments, backward, calls):
+        assert torch.equal(bench.call(function, arguments, backward), arguments[0]) and calls > 1
+        return 0.5
+
+    monkeypatch.setattr(bench, "seconds", half_a_second)
+    assert bench.copy_rate(torch.device("cpu"), size=1000) == 4000
+
+
+def test_a_record_is_named_after_the_device(monkeypatch, tmp_path):
+    monkeypatch.setattr(bench, "ROOT", tmp_path)
+    for gpu, name in ((None, "attention-cpu.json"), ("some GPU", "attention-gpu.json")):
+        path = bench.save("attention", {"hardware": {"gpu": gpu}}, 0.0, [{"tokens": 64}])
+        assert path == f"book/runs/bench/{name}" and json.loads((tmp_path / path).read_text())["results"] == [{"tokens": 64}]
 
 
 def test_the_difference_of_the_modules_is_counted():

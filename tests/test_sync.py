@@ -128,6 +128,42 @@ def test_second_setup_cell_is_reported(tree, chapter):
     assert "set-up cells [1, 3]" in "\n".join(problems_in_setup(tree))
 
 
+def run_setup(monkeypatch, folder, source, modules=()):
+    """What the first part of the set-up cell does in a folder where the package is not installed: the commands it runs."""
+    commands = []
+
+    def run(command, real=subprocess.run):
+        commands.append(command)
+        return real(command, cwd=folder, stderr=subprocess.DEVNULL) if command[0] == "git" else subprocess.CompletedProcess(command, 0)
+
+    cell = sync.setup_source(ROOT).split("for name, pip_name in")[0]
+    cell = re.sub(r'SOURCE = ".*"', f'SOURCE = "{source}"', cell)
+    with monkeypatch.context() as patch:
+        for module in modules:
+            patch.setitem(sys.modules, module, sys)
+        patch.setattr(importlib.util, "find_spec", lambda name: None)
+        patch.setattr(subprocess, "run", run)
+        exec(cell, {})
+    return commands
+
+
+def test_setup_on_colab_clones_the_pinned_ref_and_leaves_torch_alone(tmp_path, monkeypatch):
+    origin, here = tmp_path / "origin", tmp_path / "here"
+    git = ["git", "-C", str(origin), "-c", "user.name=a", "-c", "user.email=a@example.org"]
+    (origin / "book/runs").mkdir(parents=True)
+    here.mkdir()
+    (origin / "_toc.yml").write_text("root: book/index")
+    for command in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "one"], ["tag", "v1"]):
+        subprocess.run([*git, *command], check=True)
+    clone, pip = run_setup(monkeypatch, here, f"file://{origin}@v1", ["google.colab"])
+    assert clone[:2] == ["git", "clone"] and (here / "xvit/_toc.yml").exists()  # where the cell looks for BOOK
+    assert pip[1:4] == ["-m", "pip", "install"] and "--no-deps" in pip and pip[-1] == "./xvit"
+    with pytest.raises(ModuleNotFoundError, match="could not install .*check the runtime's network"):
+        run_setup(monkeypatch, here, f"file://{origin}@gone", ["google.colab"])
+    with pytest.raises(ModuleNotFoundError, match="run `make book`"):
+        run_setup(monkeypatch, here, f"file://{origin}@v1")
+
+
 # --------------------------------------------------------------------------------------- labels, contents, references
 
 

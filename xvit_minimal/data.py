@@ -145,8 +145,8 @@ def _read_folder(name, folder, split, size, limit):
     images = torch.empty(n, 3, size, size, dtype=torch.uint8)
 
     def read(i):
-        images[i], digest = _read_image(samples[i][0], size)
-        return digest
+        images[i] = read_image(samples[i][0], size)
+        return hashlib.sha256(samples[i][0].read_bytes()).digest()
 
     with ThreadPoolExecutor(os.cpu_count()) as threads:
         digest = hashlib.sha256(b"".join(threads.map(read, range(n)))).hexdigest()
@@ -179,17 +179,18 @@ def _class_folders(folder, split, expected):
     return names[part], samples
 
 
-def _read_image(path, size):
-    """One file as uint8 (3, size, size), and the SHA-256 of its bytes."""
+def read_image(path, size):
+    """The picture in a file as uint8 (3, size, size), turned as its EXIF data say; otherwise as `fit` makes it.
+
+    Raises ValueError, naming the file, if it cannot be read."""
     try:
-        with open(path, "rb") as file:
-            digest = hashlib.sha256(file.read()).digest()
-            image = ImageOps.exif_transpose(Image.open(file))
-            mode = "RGBA" if "A" in image.mode or "transparency" in image.info else "RGB"
-            pixels = np.array(image.convert(mode))  # (H, W, 3 or 4)
+        with Image.open(path) as file:
+            image = ImageOps.exif_transpose(file)
+        mode = "RGBA" if "A" in image.mode or "transparency" in image.info else "RGB"
+        pixels = np.array(image.convert(mode))  # (H, W, 3 or 4)
     except Exception as error:  # PIL's decoders raise many kinds: OSError, SyntaxError, struct.error, ...
         raise ValueError(f"{path}: cannot be read as an image ({error}): replace the file or take it away") from error
-    return fit(torch.from_numpy(pixels).permute(2, 0, 1), size), digest
+    return fit(torch.from_numpy(pixels).permute(2, 0, 1), size)
 
 
 def _first(labels, limit, classes):

@@ -1,0 +1,125 @@
+"""evaluate.py, which puts trained weights to images, and the weights that ship with the book."""
+
+import hashlib
+import json
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors import safe_open
+from test_book import ROOT
+
+from xvit_minimal import data, train
+from xvit_minimal.recipe import recipe
+
+sys.path.insert(0, str(ROOT / "book"))
+import evaluate  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """The folder of a tiny run on drawn shapes."""
+    folder = tmp_path_factory.mktemp("run")
+    train.train(recipe("shapes", out=str(folder), dim=16, depth=1, num_heads=2, size=16, limit=64, epochs=1, batch_size=32,
+                       device="cpu"))
+    return folder
+
+
+@pytest.fixture
+def record(run, tmp_path, monkeypatch):
+    """A function that evaluates the run with more options and returns what evaluate.py recorded."""
+    monkeypatch.setattr(evaluate, "ROOT", tmp_path)
+
+    def call(*options):
+        evaluate.main([str(run / "weights.safetensors"), "--data", "shapes", *options, "--out", "some"])
+        return json.loads((tmp_path / "book/runs/evaluate/some.json").read_text())
+
+    return call
+
+
+def test_rows_are_what_the_training_loop_finds(run, record):
+    found = record("--sizes", "16", "24", "--mistakes", "5")
+    assert found["kind"] == "evaluate" and found["command"].startswith("python book/evaluate.py ")
+    assert [row["side"] for row in found["results"]] == [16, 24]
+    model, classes = train.load_model(run / "weights.safetensors")
+    for row in found["results"]:
+        tests = data.load("shapes", "test", row["side"])
+        expected = train.evaluate(model, tests)
+        assert row["top1"] == pytest.approx(expected["top1"]) and row["loss"] == pytest.approx(expected["loss"], rel=1e-4)
+        assert row["images"] == len(tests) and row["classes"] == list(classes) and row["copy"] == tests.copy
+        confusion = torch.tensor(row["confusion"])
+        assert confusion.sum(1).tolist() == torch.bincount(tests.labels).tolist()
+        assert confusion.trace().item() == pytest.approx(row["top1"] * len(tests))
+        sure = [error["probability"] for error in row["mistakes"]]
+        assert len(sure) == 5 and sure == sorted(sure, reverse=True)
+        for error in row["mistakes"]:
+            p = model(data.normalize(tests.images[error["index"]][None])).softmax(1)[0]
+            assert tests.labels[error["index"]] == error["label"] != error["guess"] == p.argmax()
+            assert p.max().item() == pytest.approx(error["probability"], abs=1e-4)
+
+
+def test_the_side_is_the_trained_one_and_nothing_more_is_kept_unasked(record):
+    (row,) = record()["results"]
+    assert row["side"] == 16 and "confusion" not in row and "mistakes" not in row
+
+
+def test_jpeg_compares_the_same_images(record):
+    plain, squeezed = record("--jpeg", "5")["results"]
+    assert squeezed["jpeg"] == 5 and "jpeg" not in plain and squeezed["loss"] != plain["loss"]
+    change = (squeezed["right_after_only"] - squeezed["right_before_only"]) / plain["images"]
+    assert squeezed["top1"] - plain["top1"] == pytest.approx(change)
+    assert squeezed["right_after_only"] + squeezed["right_before_only"] > 0  # quality 5 moves something
+
+
+def test_shipped_weights_are_halves_of_the_run_s(run, record, tmp_path):
+    target = tmp_path / "weights/some.safetensors"
+    (row,) = record("--ship", str(target))["results"]
+    assert row["weights"] == target.as_posix() and row["sha256"] == hashlib.sha256(target.read_bytes()).hexdigest()
+    with safe_open(run / "weights.safetensors", "pt") as whole, safe_open(target, "pt") as half:
+        assert whole.metadata() == half.metadata() and sorted(whole.keys()) == sorted(half.keys())
+        for name in half.keys():
+            tensor = half.get_tensor(name)
+            assert tensor.dtype in (torch.float16, torch.int64)
+            assert torch.equal(tensor, whole.get_tensor(name).to(tensor.dtype))
+    model, _ = train.load_model(target)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+def test_mistakes_of_the_user_are_explained(run, record, tmp_path, capsys, monkeypatch):
+    with pytest.raises(SystemExit, match="error: .*gone.safetensors"):
+        evaluate.main([str(tmp_path / "gone.safetensors"), "--data", "shapes", "--out", "some"])
+    with pytest.raises(SystemExit):
+        evaluate.main(["a", "b", "--ship", "c", "--data", "shapes", "--out", "some"])
+    assert "got 2 files to --ship, expected one" in capsys.readouterr().err
+    other = replace(data.shapes(8, 16), classes=("a", "b", "c", "d"))
+    monkeypatch.setattr(data, "load", lambda *arguments: other)
+    with pytest.raises(SystemExit, match="knows the classes .* choose a set with the same ones"):
+        record()
+    assert not (tmp_path / "book").exists()
+
+
+SHIPPED = sorted((ROOT / "book/weights").glob("*.safetensors"))
+
+
+def test_something_ships():
+    assert SHIPPED
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_shipped_weights_lead_to_their_records(path):
+    """Small, in half precision, evaluated as they are, and the product of a run whose record is in the book."""
+    assert path.stat().st_size < 5_000_000
+    with safe_open(path, "pt") as file:
+        about = json.loads(file.metadata()["about"])
+        assert {file.get_slice(name).get_dtype() for name in file.keys()} <= {"F16", "I64"}
+    evaluated = [row for other in (ROOT / "book/runs/evaluate").glob("*.json")
+                 for row in json.loads(other.read_text())["results"] if row["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()]
+    assert evaluated, "no record in book/runs/evaluate/ has its checksum: run book/evaluate.py --ship again"
+    runs = [json.loads(other.read_text()) for other in (ROOT / "book/runs/train").rglob("*.json")]
+    mine = [r for r in runs if {k: v for k, v in r["config"].items() if k not in ("out", "device")} == about["config"]]
+    assert len(mine) == 1, "no record in book/runs/train/ has its configuration"
+    model, _ = train.load_model(path)
+    assert sum(p.numel() for p in model.parameters()) == mine[0]["parameters"]
+    same = [row for row in evaluated if row["copy"] in mine[0]["data"]["copy"]]
+    assert any(abs(row["top1"] - mine[0]["results"][0]["test_top1"]) < 0.005 for row in same)
