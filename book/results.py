@@ -12,6 +12,7 @@ import hashlib
 import inspect
 import json
 import re
+import statistics
 import sys
 
 import matplotlib.pyplot as plt
@@ -22,16 +23,38 @@ from sync import ROOT, write
 from xvit_minimal import SoftmaxAttention, XNormAttention
 
 RECORD = "book/runs/bench/attention-cpu.json"
+NAMES = {"xnorm": "X-ViT", "softmax": "softmax", "xca": "XCA", "linear": "linear attention", "efficient": "efficient attention",
+         "sima": "SimA", "none": "no mixing"}  # of the attentions compared in chapter 13
+RUNS = ROOT / "book/runs"
 PATCH = 16  # px; a square image of side s has (s / 16)² tokens
 PAGES = ["book/index.md", "README.md"]
 INK = {"light": "#222222", "dark": "#DDDDDD"}
 
 
-def record():
-    path = ROOT / RECORD
+def record(name=RECORD):
+    path = RUNS / name.removeprefix("book/runs/")
     if not path.exists():
-        raise FileNotFoundError(f"{RECORD} is missing: run `make bench`, which writes it")
+        raise FileNotFoundError(f"{name} is missing: `make bench` writes those of the bench, CONTRIBUTING.md says how the others are made")
     return json.loads(path.read_text())
+
+
+def accuracy(name):
+    """Mean and standard deviation, in percent, of the test accuracy of a setting of chapter 13 over its seeds."""
+    found = [100 * record(path.as_posix())["results"][0]["test_top1"]
+             for path in (p.relative_to(RUNS) for p in sorted((RUNS / "train/study").glob(f"{name}-[0-9].json")))]
+    return statistics.mean(found), statistics.stdev(found)
+
+
+def classification():
+    """What was measured of the claim about classification, in a sentence or two."""
+    small, photos = record("train/cifar10-second.json"), {a: record(f"train/imagenette-{a}.json") for a in ("xnorm", "softmax")}
+    ranked = sorted(NAMES, key=lambda name: -accuracy(name)[0])
+    return (f"small models on a CPU. In one body of {record('train/study/xnorm-0.json')['parameters'] / 1e6:.2f} M parameters, "
+            "10,000 images of CIFAR-10 (JPEG-75 copy), three seeds: "
+            + ", ".join(f"{NAMES[name]} {accuracy(name)[0]:.1f} ± {accuracy(name)[1]:.1f}" for name in ranked)
+            + f". All of CIFAR-10, {small['parameters'] / 1e6:.2f} M parameters: {100 * small['results'][0]['test_top1']:.1f}. "
+            + "Imagenette at 64 px: " + ", ".join(f"{NAMES[a]} {100 * run['results'][0]['test_top1']:.1f}" for a, run in photos.items())
+            + ". At full size not yet measured")
 
 
 def row(run, what, direction, N):
@@ -79,7 +102,8 @@ def claims(run):
          f"on a CPU {far['xnorm_peak_bytes'] / far['softmax_peak_bytes']:.1f} times that of PyTorch's fused softmax (forward), "
          f"{far_back['xnorm_peak_bytes'] / far_back['softmax_peak_bytes']:.1f} times (forward and backward): both are linear; "
          "on a GPU " + later),
-        ("better classification than most transformers", "11 to 13", later),
+        ("better classification than most transformers",
+         "[11](part4/11_cifar), [12](part4/12_imagenet_subset), [13](part4/13_what_matters)", classification()),
         ("better dense prediction than most transformers", "14 and 15", later),
     ]
 
@@ -101,6 +125,19 @@ def speed_table(run):
     return "\n".join(lines)
 
 
+def models_table():
+    """Images a second of whole models, X-ViT and XCiT beside DeiT; a GPU's columns wait for their record."""
+    cpu = record("bench/models-cpu.json")
+    gpu = record("bench/models-gpu.json")["results"] if (RUNS / "bench/models-gpu.json").exists() else None
+    lines = ["| side, px | tokens | model | images/s, CPU | over DeiT-S/16 | images/s, GPU, bfloat16, compiled |", "|---|---|---|---|---|---|"]
+    for r in cpu["results"]:
+        peer = gpu and next((g for g in gpu if (g["model"], g["side"], g["compiled"]) == (r["model"], r["side"], True)), None)
+        fast = "not yet measured" if not gpu else f"{peer['images_per_second']:,.0f}" if peer and peer["images_per_second"] else "out of memory"
+        lines.append(f"| {r['side']:,} | {r['tokens']:,} | {r['model'].removesuffix('_224')} | {r['images_per_second']:.1f} | "
+                     f"{r['ratio']:.2f}× ({r['ratio_min']:.2f}–{r['ratio_max']:.2f}) | {fast} |")
+    return "\n".join(lines)
+
+
 def caption(run, folder):
     """Says how the record was made, with a link to it; `folder` is the page's."""
     link = f"[{RECORD}]({RECORD.removeprefix(folder)})"
@@ -114,7 +151,7 @@ def caption(run, folder):
 def blocks(run):
     return {
         "claims": claims_table(run, links=True), "claims, plain": claims_table(run, links=False),
-        "speed": speed_table(run), "record": caption(run, "book/"), "record, plain": caption(run, ""),
+        "speed": speed_table(run), "models": models_table(), "record": caption(run, "book/"), "record, plain": caption(run, ""),
     }
 
 

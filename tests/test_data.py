@@ -330,6 +330,16 @@ def test_fit_refuses_what_is_no_picture(image):
         fit(image, 4)
 
 
+def test_a_picture_that_cannot_be_read_is_named(tmp_path):
+    pixels = torch.randint(256, (7, 5, 3), dtype=torch.uint8)
+    Image.fromarray(pixels.numpy()).save(tmp_path / "fine.png")
+    assert torch.equal(data.read_image(tmp_path / "fine.png", 9), data.fit(pixels.permute(2, 0, 1), 9))
+    (tmp_path / "damaged.png").write_bytes((tmp_path / "fine.png").read_bytes()[:40])
+    for name in ("gone.png", "damaged.png"):
+        with pytest.raises(ValueError, match=f"{name}: cannot be read as an image .*: replace the file or take it away"):
+            data.read_image(tmp_path / name, 9)
+
+
 def test_normalize():
     x = torch.arange(256, dtype=torch.uint8).reshape(1, 16, 16).expand(3, -1, -1)
     out = normalize(x)
