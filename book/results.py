@@ -130,12 +130,13 @@ def models_table():
     """Images a second of whole models, X-ViT and XCiT beside DeiT; a GPU's columns wait for their record."""
     cpu = record("bench/models-cpu.json")
     gpu = record("bench/models-gpu.json")["results"] if (RUNS / "bench/models-gpu.json").exists() else None
-    lines = ["| side, px | tokens | model | images/s, CPU | over DeiT-S/16 | images/s, GPU, bfloat16, compiled |", "|---|---|---|---|---|---|"]
+    lines = ["| side, px | tokens | model | images/s, CPU | over DeiT-S/16 | peak memory of an image | images/s, GPU, bfloat16, compiled |",
+             "|---|---|---|---|---|---|---|"]
     for r in cpu["results"]:
         peer = gpu and next((g for g in gpu if (g["model"], g["side"], g["compiled"]) == (r["model"], r["side"], True)), None)
         fast = "not yet measured" if not gpu else f"{peer['images_per_second']:,.0f}" if peer and peer["images_per_second"] else "out of memory"
         lines.append(f"| {r['side']:,} | {r['tokens']:,} | {r['model'].removesuffix('_224')} | {r['images_per_second']:.1f} | "
-                     f"{r['ratio']:.2f}× ({r['ratio_min']:.2f}–{r['ratio_max']:.2f}) | {fast} |")
+                     f"{r['ratio']:.2f}× ({r['ratio_min']:.2f}–{r['ratio_max']:.2f}) | {r['peak_bytes'] / r['batch'] / 1e6:.0f} MB | {fast} |")
     return "\n".join(lines)
 
 
