@@ -137,6 +137,16 @@ def models_table():
         fast = "not yet measured" if not gpu else f"{peer['images_per_second']:,.0f}" if peer and peer["images_per_second"] else "out of memory"
         lines.append(f"| {r['side']:,} | {r['tokens']:,} | {r['model'].removesuffix('_224')} | {r['images_per_second']:.1f} | "
                      f"{r['ratio']:.2f}× ({r['ratio_min']:.2f}–{r['ratio_max']:.2f}) | {r['peak_bytes'] / r['batch'] / 1e6:.0f} MB | {fast} |")
+    peer = "deit_small_patch16_224"
+    ours = {r["side"]: r["ratio"] for r in cpu["results"] if r["model"] == "xvit_small"}
+    slower, faster = ([f"{side:,}" for side, ratio in ours.items() if test(ratio)] for test in (lambda x: x < 0.95, lambda x: x > 1.05))
+    heavier = all(r["peak_bytes"] > next(p["peak_bytes"] for p in cpu["results"] if (p["model"], p["side"]) == (peer, r["side"]))
+                  for r in cpu["results"] if r["model"] == "xvit_small")
+    lines += ["", f"On this CPU X-ViT is slower than DeiT at {' and '.join(slower)} px and faster at {' and '.join(faster)} px: its "
+              "stem and its convolutions cost more than its attention saves while tokens are few."
+              + (" It holds more memory at every size, for PyTorch's fused softmax needs no N × N matrix either." if heavier else "")
+              + f" Recorded by `{cpu['command']}`, float32, {cpu['hardware']['cores']} threads, median and range of "
+              f"{cpu['config']['rounds']} rounds."]
     return "\n".join(lines)
 
 
