@@ -127,26 +127,30 @@ def speed_table(run):
 
 
 def models_table():
-    """Images a second of whole models, X-ViT and XCiT beside DeiT; a GPU's columns wait for their record."""
+    """Whole models beside DeiT, one row for each size of image; a GPU's column waits for its record."""
+    peer, names = "deit_small_patch16_224", {"xvit_small": "X-ViT", "xcit_small_12_p16_224": "XCiT", "deit_small_patch16_224": "DeiT"}
     cpu = record("bench/models-cpu.json")
-    gpu = record("bench/models-gpu.json")["results"] if (RUNS / "bench/models-gpu.json").exists() else None
-    lines = ["| side, px | tokens | model | images/s, CPU | over DeiT-S/16 | peak memory of an image | images/s, GPU, bfloat16, compiled |",
-             "|---|---|---|---|---|---|---|"]
-    for r in cpu["results"]:
-        peer = gpu and next((g for g in gpu if (g["model"], g["side"], g["compiled"]) == (r["model"], r["side"], True)), None)
-        fast = "not yet measured" if not gpu else f"{peer['images_per_second']:,.0f}" if peer and peer["images_per_second"] else "out of memory"
-        lines.append(f"| {r['side']:,} | {r['tokens']:,} | {r['model'].removesuffix('_224')} | {r['images_per_second']:.1f} | "
-                     f"{r['ratio']:.2f}× ({r['ratio_min']:.2f}–{r['ratio_max']:.2f}) | {r['peak_bytes'] / r['batch'] / 1e6:.0f} MB | {fast} |")
-    peer = "deit_small_patch16_224"
-    ours = {r["side"]: r["ratio"] for r in cpu["results"] if r["model"] == "xvit_small"}
-    slower, faster = ([f"{side:,}" for side, ratio in ours.items() if test(ratio)] for test in (lambda x: x < 0.95, lambda x: x > 1.05))
-    heavier = all(r["peak_bytes"] > next(p["peak_bytes"] for p in cpu["results"] if (p["model"], p["side"]) == (peer, r["side"]))
-                  for r in cpu["results"] if r["model"] == "xvit_small")
-    lines += ["", f"On this CPU X-ViT is slower than DeiT at {' and '.join(slower)} px and faster at {' and '.join(faster)} px: its "
-              "stem and its convolutions cost more than its attention saves while tokens are few."
+    gpu = record("bench/models-gpu.json")["results"] if (RUNS / "bench/models-gpu.json").exists() else []
+    sides = {side: {r["model"]: r for r in cpu["results"] if r["side"] == side} for side in {r["side"]: 0 for r in cpu["results"]}}
+    lines = ["| side, px | tokens | images/s on a CPU: " + ", ".join(names.values()) + " | X-ViT over DeiT | XCiT over DeiT "
+             "| peak memory of an image, MB | X-ViT over DeiT on a GPU, bfloat16, compiled |", "|---|---|---|---|---|---|---|"]
+    for side, models in sides.items():
+        ratios = [f"{r['ratio']:.2f}× ({r['ratio_min']:.2f}–{r['ratio_max']:.2f})" for name, r in models.items() if name != peer]
+        fast = next((f"{r['ratio']:.2f}×" if r["ratio"] else r["reason"] for r in gpu
+                     if (r["model"], r["side"], r["compiled"]) == ("xvit_small", side, True)), "not yet measured")
+        speeds = ", ".join(f"{models[n]['images_per_second']:.1f}" for n in names)
+        peaks = ", ".join(f"{models[n]['peak_bytes'] / models[n]['batch'] / 1e6:.0f}" for n in names)
+        lines.append(f"| {side:,} | {models[peer]['tokens']:,} | {speeds} | "
+                     f"{' | '.join(ratios)} | {peaks} | {fast} |")
+    ours = {side: (models["xvit_small"], models[peer]) for side, models in sides.items()}
+    slower, faster = (" and ".join(f"{side:,}" for side, (x, _) in ours.items() if test(x["ratio"]))
+                      for test in (lambda ratio: ratio < 0.95, lambda ratio: ratio > 1.05))
+    heavier = all(x["peak_bytes"] > d["peak_bytes"] for x, d in ours.values())
+    lines += ["", f"On this CPU X-ViT is slower than DeiT at {slower} px and faster at {faster} px: its stem and its convolutions cost "
+              "more than its attention saves while tokens are few."
               + (" It holds more memory at every size, for PyTorch's fused softmax needs no N × N matrix either." if heavier else "")
-              + f" Recorded by `{cpu['command']}`, float32, {cpu['hardware']['cores']} threads, median and range of "
-              f"{cpu['config']['rounds']} rounds."]
+              + f" Sizes are those of xvit_small, XCiT-S12/16 and DeiT-S/16; recorded by `{cpu['command']}`, float32, "
+              f"{cpu['hardware']['cores']} threads, median and range of {cpu['config']['rounds']} rounds."]
     return "\n".join(lines)
 
 
