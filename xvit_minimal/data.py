@@ -40,12 +40,13 @@ ORANGE_BLUE = np.array([(235, 110, 40), (50, 100, 240)])
 class ImageSet:
     """Images in memory: images uint8 (n, 3, H, W), labels int64 (n,), the names of the classes, the name of the set.
 
-    `copy` says for a run's record which copy of the set this is. Of `shapes` alone, for dense prediction: masks uint8
-    (n, H, W), 0 or 1 + kind; boxes, a list of float (k, 4), x0 y0 x1 y1 in pixels; box_labels, a list of int64 (k,).
+    `copy` says for a run's record which copy of the set this is. For dense prediction (dense_data.py) the labels are None,
+    and instead there are masks uint8 (n, H, W), or boxes, a list of float (k, 4), x0 y0 x1 y1 in pixels, and box_labels, a
+    list of int64 (k,). `shapes` has all four; its masks hold 0 or 1 + kind.
     """
 
     images: torch.Tensor
-    labels: torch.Tensor
+    labels: torch.Tensor | None
     classes: tuple
     name: str
     copy: str
@@ -84,31 +85,31 @@ def load(name, split="train", size=None, limit=None, root="data"):
     return read(name, folder, split, size, limit)
 
 
-def find(name, root="data"):
+def find(name, root="data", known=KNOWN):
     """The folder of a set: in the folder that the environment variable XVIT_DATA names, else in `root`, else None.
 
     In either it may lie as torchvision keeps it (cifar-10-batches-py/) or in class folders (cifar10/train/CLASS/*). A
-    path to a folder stands for itself. Raises ValueError if nothing is there and the name is not one to download.
+    path to a folder stands for itself. Raises ValueError if nothing is there and the name is not one that is `known`.
     """
-    if name not in KNOWN and (Path(name).is_dir() or len(Path(name).parts) > 1):
+    if name not in known and (Path(name).is_dir() or len(Path(name).parts) > 1):
         return Path(name)
     places = [Path(place) for place in (os.environ.get("XVIT_DATA"), root) if place]
     if not places[0].is_dir() and len(places) == 2:
         raise ValueError(f"XVIT_DATA is {str(places[0])!r}, which is no folder: correct it or unset it")
-    names = [KNOWN[name][3], name] if name in KNOWN else [name]
+    names = [known[name][3], name] if name in known else [name]
     for place in places:
         for folder in [place / n for n in names] + sorted(place.glob("imagenette*") if name == "imagenette" else []):
             if folder.is_dir():
                 return folder
-    if name not in KNOWN:
-        raise ValueError(f"got {name!r}, expected one of {', '.join(KNOWN)} or a folder with train/ and test/: correct "
-                         f"it (the nearest name is {difflib.get_close_matches(name, KNOWN, n=1, cutoff=0)[0]!r})")
+    if name not in known:
+        raise ValueError(f"got {name!r}, expected one of {', '.join(known)} or a folder: correct it (the nearest name is "
+                         f"{difflib.get_close_matches(name, known, n=1, cutoff=0)[0]!r})")
     return None
 
 
-def _download(name, root):
+def _download(name, root, known=KNOWN):
     """Let torchvision download the set, compare its checksum and unpack it; only then move it into `root`."""
-    torchvision_class, base = KNOWN[name][2:]
+    torchvision_class, base = known[name][2:]
     try:
         root.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=root, prefix=".download-") as unfinished:
@@ -179,7 +180,7 @@ def _class_folders(folder, split, expected):
     return names[part], samples
 
 
-def read_image(path, size):
+def read_image(path, size, square=True):
     """The picture in a file as uint8 (3, size, size), turned as its EXIF data say; otherwise as `fit` makes it.
 
     Raises ValueError, naming the file, if it cannot be read."""
@@ -190,7 +191,7 @@ def read_image(path, size):
         pixels = np.array(image.convert(mode))  # (H, W, 3 or 4)
     except Exception as error:  # PIL's decoders raise many kinds: OSError, SyntaxError, struct.error, ...
         raise ValueError(f"{path}: cannot be read as an image ({error}): replace the file or take it away") from error
-    return fit(torch.from_numpy(pixels).permute(2, 0, 1), size)
+    return fit(torch.from_numpy(pixels).permute(2, 0, 1), size, square)
 
 
 def _first(labels, limit, classes):
@@ -207,8 +208,10 @@ def _check_memory(needed, what):
                          "lower size or limit")
 
 
-def fit(image, size):
-    """Any picture, uint8 (1, 3 or 4, H, W), as uint8 (3, size, size): its centre square, resized; alpha over white."""
+def fit(image, size, square=True):
+    """Any picture, uint8 (1, 3 or 4, H, W), as uint8 (3, size, size): its centre square, resized; alpha over white.
+
+    With square=False the whole picture, its longer side `size` pixels."""
     if image.ndim != 3 or image.shape[0] not in (1, 3, 4) or image.dtype != torch.uint8 or not image.numel():
         raise ValueError(f"got an image {image.dtype} {tuple(image.shape)}, expected torch.uint8 (1, 3 or 4, H, W): "
                          "put the channels first and bring the values to 0..255")
@@ -216,10 +219,12 @@ def fit(image, size):
         alpha = image[3:] / 255
         image = image[:3] * alpha + 255 * (1 - alpha)
     H, W = image.shape[1:]
-    top, left, side = max(H - W, 0) // 2, max(W - H, 0) // 2, min(H, W)
-    image = image[:, top : top + side, left : left + side].expand(3, -1, -1)  # (3, side, side)
-    image = F.interpolate(image[None].float(), (size, size), mode="bilinear", antialias=True)[0]  # (3, size, size)
-    return image.round().to(torch.uint8)
+    if square:
+        top, left, H = max(H - W, 0) // 2, max(W - H, 0) // 2, min(H, W)
+        image, W = image[:, top : top + H, left : left + H], H
+    image = image.expand(3, -1, -1)[None].float()  # (1, 3, H, W)
+    shape = [max(1, round(side * size / max(H, W))) for side in (H, W)]
+    return F.interpolate(image, shape, mode="bilinear", antialias=True)[0].round().to(torch.uint8)
 
 
 def normalize(x):

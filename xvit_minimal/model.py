@@ -140,8 +140,10 @@ class XViT(nn.Module):
             if parameter is not None:
                 nn.init.trunc_normal_(parameter, std=0.02)
 
-    def forward_features(self, x):
-        """Images (B, 3, H, W) -> the grid of tokens (B, C, h, w), h = ⌈H / stride⌉, w = ⌈W / stride⌉, before any pooling."""
+    def forward_features(self, x, taps=()):
+        """Images (B, 3, H, W) -> the grid of tokens (B, C, h, w), h = ⌈H / stride⌉, w = ⌈W / stride⌉, before any pooling.
+
+        With `taps`, numbers of blocks from 1 on, a list of the grids after those blocks: what a pyramid is built from."""
         if x.ndim != 4 or x.shape[1] != 3 or not x.is_floating_point():
             raise ValueError(f"got {x.dtype} of shape {tuple(x.shape)}, expected float images (batch, 3, height, width): "
                              "scale bytes to floats with data.normalize, repeat grey three times, add the batch axis")
@@ -152,8 +154,13 @@ class XViT(nn.Module):
         if grid != positions.shape[2:]:
             positions = F.interpolate(positions, size=grid, mode="bicubic", align_corners=False)  # (1, C, h, w)
         x = (x + positions).flatten(2).mT  # (B, N, C)
-        for block in self.blocks:
+        after = {}
+        for n, block in enumerate(self.blocks, start=1):
             x = block(x, grid)
+            if n in taps:
+                after[n] = x.mT.unflatten(2, grid)  # (B, C, h, w)
+        if taps:
+            return [after[n] for n in taps]
         return x.mT.unflatten(2, grid)  # (B, C, h, w)
 
     def forward(self, x):
@@ -183,13 +190,13 @@ xvit_base = partial(XViT, **SIZES["xvit_base"])
 
 
 def cost(model, img_size):
-    """(parameters, multiply-adds) of any image model for one image (3, img_size, img_size).
+    """(parameters, multiply-adds) of any image model for one image; img_size is its side, or (height, width).
 
     Multiply-adds are those of its matrix products and convolutions, as PyTorch's FlopCounterMode counts them, halved.
     """
     shadow = copy.deepcopy(model).to("meta").eval().requires_grad_(False)  # shapes without numbers
     with FlopCounterMode(display=False) as counter:
-        shadow(torch.empty(1, 3, img_size, img_size, device="meta"))
+        shadow(torch.empty(1, 3, *((img_size, img_size) if isinstance(img_size, int) else img_size), device="meta"))
     return sum(p.numel() for p in model.parameters()), counter.get_total_flops() // 2
 
 

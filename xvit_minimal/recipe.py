@@ -13,6 +13,15 @@ from .data import AUGMENTATIONS
 from .model import SIZES, XViT
 
 
+DENSE = {  # the tasks, and what they change in Config's defaults
+    "classification": {},
+    "segmentation": dict(stem_stride=4, class_depth=0, label_smoothing=0.0, mix=0.0, drop_path=0.0, batch_size=8, augment="crop",
+                         ema=0.99),
+    "detection": dict(stem_stride=8, class_depth=0, label_smoothing=0.0, mix=0.0, drop_path=0.0, batch_size=8, augment="crop",
+                      ema=0.99),
+}
+
+
 def _option(default, text):
     return field(default=default, metadata={"help": text})
 
@@ -24,7 +33,9 @@ class Config:
     Raises ValueError for an unknown name (and says the nearest known) and for a number out of range.
     """
 
-    data: str = _option("shapes", "a set by name (cifar10, cifar100, imagenette, shapes) or a folder of class folders")
+    task: str = _option("classification", f"one of {', '.join(DENSE)}")
+    data: str = _option("shapes", "a set by name (cifar10, cifar100, imagenette, shapes; camvid, voc, pets for segmentation; "
+                        "bccd, voc for detection) or a folder")
     out: str = _option("runs/shapes", "folder of the run, runs/DATA by default; an unfinished run in it goes on")
     model: str = _option("xvit_nano", f"one of {', '.join(SIZES)}")
     attention: str = _option("xnorm", f"one of {', '.join(ATTENTIONS | VARIANTS)}")
@@ -34,7 +45,9 @@ class Config:
     stem_stride: int | None = _option(None, "pixels a token is wide (2, 4, 8, 16), instead of the model's")
     class_depth: int | None = _option(None, "class-attention blocks, instead of the model's; 0: mean over the tokens")
     lpi: bool = _option(True, "local patch interaction in every block")
-    size: int | None = _option(None, "side of the images in pixels, instead of the set's own")
+    pyramid: int = _option(64, "channels of the feature pyramid, for segmentation and detection")
+    init: str | None = _option(None, "start with the body in this weights.safetensors, trained for any task")
+    size: int | None = _option(None, "side of the images in pixels, the longer one for dense tasks, instead of the set's own")
     limit: int | None = _option(None, "train on the first LIMIT images, equally many of each class")
     epochs: int = _option(100, "times that every training image is seen")
     batch_size: int = _option(512, "images in a step, over all processes")
@@ -43,7 +56,7 @@ class Config:
     warmup: float = _option(10, "epochs of linear warm-up, at most a fifth of all")
     weight_decay: float = _option(0.05, "on the weights of linear maps and convolutions alone")
     label_smoothing: float = _option(0.1, "share of each label that is spread over all classes")
-    augment: str = _option("shift+randaugment", f"one of {', '.join(AUGMENTATIONS)}")
+    augment: str = _option("shift+randaugment", f"one of {', '.join(AUGMENTATIONS)}; for dense tasks none, flip, crop")
     mix: float = _option(0.6, "share of the epochs, from the first on, with mixup and cutmix, 0 to 1")
     drop_path: float = _option(0.1, "probability of stochastic depth")
     ema: float = _option(0.999, "decay of the averaged weights, which are the ones evaluated and kept")
@@ -57,7 +70,11 @@ class Config:
     def __post_init__(self):
         known("model", self.model, SIZES)
         known("attention", self.attention, ATTENTIONS | VARIANTS)
-        known("augment", self.augment, AUGMENTATIONS)
+        known("task", self.task, DENSE)
+        known("augment", self.augment, ("none", "flip", "crop") if DENSE[self.task] else AUGMENTATIONS)
+        if DENSE[self.task] and (self.mix or self.label_smoothing or self.class_depth != 0):
+            raise ValueError(f"got mix={self.mix}, label_smoothing={self.label_smoothing}, class_depth={self.class_depth} for "
+                             f"{self.task}, expected 0 for all three: they are for one label an image; leave them out")
         if self.attention == "none" and self.class_depth != 0:
             raise ValueError("got attention 'none' with a class token, which would see no image: set class_depth to 0, the "
                              "mean over the tokens")
@@ -70,6 +87,7 @@ class Config:
 _RANGES = (
     ("epochs eval_epochs save_steps size limit dim depth num_heads", lambda v: v >= 1, "at least 1"),
     ("batch_size", lambda v: v >= 2, "at least 2: BatchNorm needs more than one image"),
+    ("pyramid", lambda v: v >= 8 and v % 8 == 0, "a multiple of 8"),
     ("class_depth seed", lambda v: v >= 0, "at least 0"),
     ("lr", lambda v: 0 < v < math.inf, "a positive number"),
     ("final_lr warmup weight_decay", lambda v: 0 <= v < math.inf, "a number of at least 0"),
@@ -78,20 +96,24 @@ _RANGES = (
 )
 
 
-RECIPES = {  # what a set wants instead of Config's defaults
+RECIPES = {  # what a set wants instead of Config's defaults; for dense tasks, on top of DENSE
     "shapes": dict(model="xvit_pico", epochs=3, batch_size=128, lr=2e-3, warmup=1, label_smoothing=0.0, augment="flip",
                    mix=0.0, drop_path=0.0, ema=0.98),
     "imagenette": dict(stem_stride=8, augment="crop+randaugment", batch_size=128),
+    "segmentation shapes": dict(model="xvit_pico", epochs=3, batch_size=16, lr=2e-3, warmup=1, augment="flip", ema=0.98),
+    "detection shapes": dict(model="xvit_pico", epochs=4, batch_size=16, lr=2e-3, warmup=1, augment="flip", ema=0.98),
 }
 
 
-def recipe(data="shapes", **changes):
-    """The Config for a data set: its recipe, a folder of its name under runs/, and `changes` on top."""
-    return Config(**{**RECIPES.get(data, {}), "data": data, "out": f"runs/{Path(data).name}", **changes})
+def recipe(data="shapes", task="classification", **changes):
+    """The Config for a data set and a task: its recipe, a folder of their names under runs/, and `changes` on top."""
+    words = [Path(data).name, task] if DENSE.get(task) else [Path(data).name]
+    usual = {**DENSE.get(task, {}), **RECIPES.get(f"{task} {data}" if DENSE.get(task) else data, {})}
+    return Config(**{**usual, "data": data, "task": task, "out": f"runs/{'-'.join(words)}", **changes})
 
 
 def build(config, num_classes, img_size):
-    """The XViT that a Config describes, for square images of img_size pixels."""
+    """The XViT that a Config describes, for images of img_size pixels, a side or (height, width)."""
     sizes = {k: getattr(config, k) for k in ("dim", "depth", "num_heads", "stem_stride", "class_depth")}
     changes = {k: v for k, v in sizes.items() if v is not None}
     return XViT(**{**SIZES[config.model], **changes, "num_classes": num_classes, "img_size": img_size,
@@ -150,11 +172,12 @@ def parse(arguments=None):
 
 def command(config):
     """The shortest command line that makes this Config again."""
-    usual = recipe(config.data)
-    words = ["python", "-m", "xvit_minimal.train", "--data", config.data]
+    usual = recipe(config.data, config.task)
+    words = ["python", "-m", "xvit_minimal.train"]
+    words += (["--task", config.task] if DENSE[config.task] else []) + ["--data", config.data]
     for option in fields(Config):
         value = getattr(config, option.name)
-        if option.name != "data" and value != getattr(usual, option.name):
+        if option.name not in ("data", "task") and value != getattr(usual, option.name):
             flag = option.name.replace("_", "-")
             words += [f"--{flag}" if value else f"--no-{flag}"] if isinstance(value, bool) else [f"--{flag}", str(value)]
     return shlex.join(words)
@@ -169,6 +192,8 @@ _EPILOG = """examples:
   python -m xvit_minimal.train
   python -m xvit_minimal.train --data cifar10 --model xvit_nano --epochs 100 --out runs/cifar10
   python -m xvit_minimal.train --data cifar10 --limit 10000 --augment shift --stem-stride 4 --attention softmax --out runs/softmax
+  python -m xvit_minimal.train --task segmentation --data camvid --size 480 --out runs/camvid
+  python -m xvit_minimal.train --task detection --data bccd --epochs 200 --out runs/bccd
   python -m xvit_minimal.train --data path/to/folder --size 128 --stem-stride 8 --out runs/mine   # train/CLASS/*, test/CLASS/*
   torchrun --nproc-per-node 8 -m xvit_minimal.train --data cifar10 --out runs/cifar10
 

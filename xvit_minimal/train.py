@@ -2,6 +2,7 @@
 
     python -m xvit_minimal.train                                      # drawn shapes, about a minute on a laptop
     python -m xvit_minimal.train --data cifar10 --model xvit_nano --epochs 100 --out runs/cifar10
+    python -m xvit_minimal.train --task segmentation                  # or detection, of the same shapes
     torchrun --nproc-per-node 8 -m xvit_minimal.train ...             # the same command on eight GPUs
 
 A run leaves in its folder:
@@ -26,18 +27,17 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save as to_safetensors
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torchvision.transforms import v2
 from tqdm import tqdm
 
-from . import data
-from .model import cost, synchronize_batch_norms
-from .recipe import Config, build, command, learning_rate, parameter_groups, parse
+from .dense import transfer
+from .model import XViT, synchronize_batch_norms
+from .recipe import Config, command, learning_rate, parameter_groups, parse
 from .record import peak_memory, provenance, random_state, read_checkpoint, set_random_state, write
+from .tasks import TASKS, rank, total, world
 
 
 class Run:
@@ -48,16 +48,18 @@ class Run:
     def __init__(self, config, train_set, test_set, device):
         self.config, self.device, self.train_set, self.test_set = config, device, train_set, test_set
         self.steps = max(1, len(train_set) // config.batch_size)  # of an epoch; a last, smaller batch is left out
-        self.size, classes = train_set.images.shape[-1], len(train_set.classes)
+        height, width = train_set.images.shape[-2:]
+        self.size = width if width == height else (height, width)
+        self.task = TASKS[config.task](config, train_set)
         torch.manual_seed(config.seed)  # the same first weights in every process
-        self.model = build(config, classes, self.size).to(device)
+        self.model = self.task.model(config, len(train_set.classes), self.size).to(device)
+        if config.init:
+            start_from(self.model, config.init)
         if dist.is_initialized():
             synchronize_batch_norms(self.model)
         self.ema = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(config.ema), use_buffers=True)
         self.optimizer = torch.optim.AdamW(parameter_groups(self.model, config.weight_decay), lr=1.0)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda n: learning_rate(n, config, self.steps))
-        self.augment = data.Augment(config.augment)
-        self.mix = v2.RandomChoice([v2.MixUp(alpha=0.8, num_classes=classes), v2.CutMix(alpha=1.0, num_classes=classes)])
         self.net = DistributedDataParallel(self.model) if dist.is_initialized() else self.model
         if config.compile:
             self.net = torch.compile(self.net)
@@ -65,7 +67,7 @@ class Run:
         self.started = datetime.now(timezone.utc).isoformat(timespec="seconds")
         self.loss = torch.zeros((), device=device)  # the sum over the steps of this epoch
         for seed in (random.seed, np.random.seed, torch.manual_seed):  # from here on each process draws its own numbers
-            seed(config.seed + _rank())
+            seed(config.seed + rank())
 
     @property
     def epoch(self):
@@ -76,17 +78,11 @@ class Run:
         """The index tensors of the steps that are left in this epoch, the part of each that belongs to this process."""
         shuffle = torch.Generator().manual_seed(self.config.seed * 1_000_003 + self.epoch)  # so no order has to be saved
         order = torch.randperm(len(self.train_set), generator=shuffle).split(self.config.batch_size)[: self.steps]
-        return [index[_rank()::_world()] for index in order[self.step % self.steps:]]
+        return [index[rank()::world()] for index in order[self.step % self.steps:]]
 
     def train_step(self, index):
         """One step of the optimizer on the training images `index`."""
-        x = self.augment(self.train_set.images[index].to(self.device))  # uint8 -> floats (B, 3, H, W)
-        labels = self.train_set.labels[index].to(self.device)  # (B,)
-        if self.epoch < self.config.mix * self.config.epochs:
-            x, labels = self.mix(x, labels)  # labels (B, classes): two classes share an image
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.amp):
-            logits = self.net(x)  # (B, classes)
-        loss = F.cross_entropy(logits.float(), labels, label_smoothing=self.config.label_smoothing)
+        loss = self.task.loss(self.net, self.train_set, index, self.epoch, self.device)
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
@@ -98,7 +94,7 @@ class Run:
     def state_dict(self):
         """All that a checkpoint holds, as tensors, numbers and text, which can be read without running code."""
         mine = {"random": random_state(), "loss": self.loss.item()}
-        processes = [mine] * _world()
+        processes = [mine] * world()
         if dist.is_initialized():
             dist.all_gather_object(processes, mine)
         parts = {name: getattr(self, name).state_dict() for name in ("model", "ema", "optimizer", "schedule")}
@@ -110,8 +106,8 @@ class Run:
         mine = asdict(self.config)
         changed = [f"--{key} is {state['config'].get(key)!r} there and {value!r} here" for key, value in mine.items()
                    if key not in ("out", "device") and state["config"].get(key) != value]
-        if len(state["processes"]) != _world():
-            changed.append(f"{len(state['processes'])} processes there and {_world()} here")
+        if len(state["processes"]) != world():
+            changed.append(f"{len(state['processes'])} processes there and {world()} here")
         if changed:
             raise ValueError(f"{self.config.out} holds another run ({'; '.join(changed)}): give that run's own command to go "
                              "on with it, or choose another --out")
@@ -119,8 +115,8 @@ class Run:
             getattr(self, name).load_state_dict(state[name])
         for name in ("step", "seconds", "peak", "started", "history"):
             setattr(self, name, state[name])
-        self.loss.fill_(state["processes"][_rank()]["loss"])
-        set_random_state(state["processes"][_rank()]["random"])
+        self.loss.fill_(state["processes"][rank()]["loss"])
+        set_random_state(state["processes"][rank()]["random"])
 
     def check(self):
         """Raises FloatingPointError if the loss or a weight is not finite."""
@@ -135,7 +131,7 @@ class Run:
         self.check()
         self.peak = max(self.peak, peak_memory(self.device) or 0)
         state = self.state_dict()
-        if _rank() == 0:
+        if rank() == 0:
             torch.save(state, buffer := io.BytesIO())
             write(self._path("checkpoint.pt"), buffer.getbuffer(), keep=self._path("checkpoint.previous.pt"))
 
@@ -153,30 +149,31 @@ class Run:
             self.load_state_dict(state)
             if dist.is_initialized():
                 dist.barrier()  # the others have read, too
-            if refused and _rank() == 0:
+            if refused and rank() == 0:
                 self._path("checkpoint.pt").replace(self._path("checkpoint.refused.pt"))
                 print(f"{refused}; put aside as checkpoint.refused.pt")
-            return print(f"going on after step {self.step}, from {path}") if _rank() == 0 else None
+            return print(f"going on after step {self.step}, from {path}") if rank() == 0 else None
         if refused:
             raise ValueError(f"{refused}: move it away to start anew, or choose another --out")
 
     def finish_epoch(self, record):
         """Evaluate the averaged weights, then write weights.safetensors, record.json and a checkpoint, in this order."""
         self.check()
-        config, train_loss = self.config, _sum(self.loss).item() / _world() / self.steps
+        config, train_loss = self.config, total(self.loss).item() / world() / self.steps
         row = {"epoch": self.epoch, "lr": self.schedule.get_last_lr()[0], "train_loss": train_loss, "seconds": self.seconds}
         if self.epoch % config.eval_epochs == 0 or self.epoch == config.epochs:
-            row |= {f"test_{key}": value for key, value in evaluate(self.ema.module, self.test_set, config.amp).items()}
+            row |= {f"test_{key}": value for key, value in self.task.evaluate(self.ema.module, self.test_set, config.amp).items()}
         self.history.append(row)
-        if _rank() == 0:
-            tested = "".join(f"  {key.replace('_', ' ')} {row[key]:.3f}" for key in ("test_loss", "test_top1") if key in row)
+        if rank() == 0:
+            score = f"test_{self.task.score}"
+            tested = f"  {score.replace('_', ' ')} {row[score]:.3f}" if score in row else ""
             print(f"epoch {self.epoch}/{config.epochs}  {self.seconds:.0f} s  train loss {train_loss:.3f}{tested}", flush=True)
             kept = {key: value for key, value in asdict(config).items() if key not in ("out", "device")}  # the same anywhere
             about = json.dumps({"config": kept, "classes": self.train_set.classes, "size": self.size})
             weights = {name: tensor.contiguous() for name, tensor in self.ema.module.state_dict().items()}
             write(self._path("weights.safetensors"), to_safetensors(weights, {"about": about}))
             last = next(({k: v for k, v in r.items() if k.startswith(("epoch", "test"))} for r in reversed(self.history)
-                         if "test_top1" in r), {"epoch": 0})
+                         if score in r), {"epoch": 0})
             record = {**record, "wall_seconds": self.seconds, "peak_memory_bytes": self.peak, "epochs": self.history,
                       "results": [last]}
             write(self._path("record.json"), json.dumps(record, indent=1, allow_nan=False).encode() + b"\n")
@@ -185,21 +182,6 @@ class Run:
 
     def _path(self, name):
         return Path(self.config.out) / name
-
-
-@torch.no_grad()
-def evaluate(model, images, amp=False, batch_size=500):
-    """{"loss", "top1"} of a model on an ImageSet, in evaluation mode and without augmentation; the processes share the work."""
-    model.eval()
-    device = next(model.parameters()).device
-    sums = torch.zeros(2, device=device)
-    for index in torch.arange(_rank(), len(images), _world()).split(batch_size):
-        labels = images.labels[index].to(device)  # (B,)
-        with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-            logits = model(data.normalize(images.images[index].to(device))).float()  # (B, classes)
-        sums += torch.stack([F.cross_entropy(logits, labels, reduction="sum"), (logits.argmax(1) == labels).sum()])
-    loss, hits = _sum(sums).tolist()
-    return {"loss": loss / len(images), "top1": hits / len(images)}
 
 
 def train(config):
@@ -213,15 +195,15 @@ def train(config):
     gpu = device.type == "cuda"
     wanted, config = config, replace(config, device=device.type, compile=gpu if config.compile is None else config.compile,
                              amp=gpu and torch.cuda.is_bf16_supported() if config.amp is None else config.amp)
-    if _rank():
+    if rank():
         dist.barrier()  # the first process alone downloads
-    train_set = data.load(config.data, "train", config.size, config.limit)
-    test_set = data.load(config.data, "test", config.size)
-    if dist.is_initialized() and not _rank():
+    train_set = TASKS[config.task].load(config, "train", config.limit)
+    test_set = TASKS[config.task].load(config, "test", None)
+    if dist.is_initialized() and not rank():
         dist.barrier()
     batch = min(config.batch_size, len(train_set))
-    if batch % _world() or batch // _world() < 2:
-        raise ValueError(f"got steps of {batch} images for {_world()} processes, expected at least 2 for each, and as many for "
+    if batch % world() or batch // world() < 2:
+        raise ValueError(f"got steps of {batch} images for {world()} processes, expected at least 2 for each, and as many for "
                          "every one: change --batch-size")
     about = {"kind": "train", "command": command(wanted), "config": asdict(config), "seed": config.seed,
              **provenance(device), "data": {"name": config.data, "copy": f"train: {train_set.copy}; test: {test_set.copy}",
@@ -230,11 +212,11 @@ def train(config):
     run.resume()
     if run.step == 0:
         run.save()  # a folder that cannot be written is found out now, and not after an epoch
-    about["parameters"], about["multiply_adds"] = cost(run.model, run.size)
+    about["parameters"], about["multiply_adds"] = run.task.cost(run.model, run.size)
     with _interruptible() as asked:
         while run.epoch < config.epochs:
             clock, run.net = time.perf_counter(), run.net.train()
-            for index in tqdm(run.batches(), f"epoch {run.epoch + 1}", leave=False, disable=True if _rank() else None):
+            for index in tqdm(run.batches(), f"epoch {run.epoch + 1}", leave=False, disable=True if rank() else None):
                 run.train_step(index)
                 if run.step % 50 == 0:
                     run.check()
@@ -251,6 +233,17 @@ def train(config):
     return json.loads((Path(config.out) / "record.json").read_text())
 
 
+def start_from(model, path):
+    """Give a model the stem, positions and blocks of the one in a weights.safetensors file, of whatever task. Raises
+    ValueError if they do not fit."""
+    trained, _ = load_model(path)
+    body, trained = (next(m for m in each.modules() if isinstance(m, XViT)) for each in (model, trained))
+    try:
+        transfer(body, trained)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
 def load_model(path):
     """(model, classes): the model in a weights.safetensors file, in evaluation mode, in float32, and its classes' names.
 
@@ -260,7 +253,8 @@ def load_model(path):
         with safe_open(path, "pt") as file:
             weights = {name: file.get_tensor(name) for name in file.keys()}
             about = json.loads(file.metadata()["about"])
-        model = build(Config(**about["config"]), len(about["classes"]), about["size"])
+        config = Config(**about["config"])
+        model = TASKS[config.task].model(config, len(about["classes"]), about["size"])
         model.load_state_dict(weights)
     except OSError:
         raise
@@ -278,9 +272,10 @@ def main():
         sys.exit(f"\nstopped; the same command goes on from {config.out}/checkpoint.pt")
     except (ValueError, FloatingPointError, OSError) as error:
         sys.exit(f"error: {error}")
-    if _rank() == 0:
-        print(f"top-1 {record['results'][0]['test_top1']:.1%} on {record['data']['splits']['test']:,} test images, in {config.out}/record.json")
-        if config.data == "shapes":
+    if rank() == 0:
+        score = TASKS[config.task].score
+        print(f"{score} {record['results'][0]['test_' + score]:.1%} on {record['data']['splits']['test']:,} test images, in {config.out}/record.json")
+        if config.data == "shapes" and config.task == "classification":
             print("next: --attention none --class-depth 0 --no-lpi --out runs/none, to see what is left when no token sees "
                   "another;\n--data cifar10, for real images; --help, for every option")
     if dist.is_initialized():
@@ -295,21 +290,6 @@ def _start(config):
     if gpu and dist.is_initialized():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     return torch.device("cuda" if config.device is None and gpu else config.device or "cpu")
-
-
-def _rank():
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def _world():
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def _sum(tensor):
-    """The sum of a tensor over all processes."""
-    if dist.is_initialized():
-        dist.all_reduce(tensor)
-    return tensor
 
 
 @contextlib.contextmanager
