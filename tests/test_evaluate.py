@@ -12,6 +12,7 @@ from test_book import ROOT
 
 from xvit_minimal import data, train
 from xvit_minimal.recipe import recipe
+from xvit_minimal.tasks import Classification
 
 sys.path.insert(0, str(ROOT / "book"))
 import evaluate  # noqa: E402
@@ -45,7 +46,7 @@ def test_rows_are_what_the_training_loop_finds(run, record):
     model, classes = train.load_model(run / "weights.safetensors")
     for row in found["results"]:
         tests = data.load("shapes", "test", row["side"])
-        expected = train.evaluate(model, tests)
+        expected = Classification.evaluate(model, tests)
         assert row["top1"] == pytest.approx(expected["top1"]) and row["loss"] == pytest.approx(expected["loss"], rel=1e-4)
         assert row["images"] == len(tests) and row["classes"] == list(classes) and row["copy"] == tests.copy
         confusion = torch.tensor(row["confusion"])

@@ -27,7 +27,8 @@ _spec.loader.exec_module(sync)
 DEFINITION = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 ARROWS = {  # which of its own files a file of the package may import
     "attention": set(), "data": set(), "record": set(), "model": {"attention"}, "baselines": {"attention"},
-    "dense": {"attention", "model"}, "recipe": {"baselines", "data", "model"}, "train": {"data", "model", "recipe", "record"},
+    "dense": set(), "dense_data": {"data", "dense"}, "recipe": {"baselines", "data", "model"},
+    "tasks": {"data", "dense", "dense_data", "model", "recipe"}, "train": {"dense", "model", "recipe", "record", "tasks"},
 }
 COPIED = {"attention": {"torch"}, "model": {"torch", "torchvision"}}  # what a file that people copy out may need
 

@@ -23,7 +23,8 @@ from torch import nn
 from xvit_minimal import data, record, train
 from xvit_minimal.baselines import XCA
 from xvit_minimal.model import SIZES, XViT
-from xvit_minimal.recipe import RECIPES, Config, build, command, learning_rate, parameter_groups, parse, recipe
+from xvit_minimal.recipe import DENSE, RECIPES, Config, build, command, learning_rate, parameter_groups, parse, recipe
+from xvit_minimal.tasks import Classification
 
 TINY = dict(limit=64, batch_size=16, epochs=3, dim=8, depth=1, num_heads=2, save_steps=1, eval_epochs=3, drop_path=0.1,
             mix=0.4, device="cpu")  # 12 steps, with every source of randomness
@@ -67,7 +68,7 @@ def test_a_mistake_in_the_configuration_is_named(changes, message):
 
 
 def test_recipes_change_only_what_a_config_has():
-    assert all(set(changes) <= set(vars(Config())) for changes in RECIPES.values())
+    assert all(set(changes) <= set(vars(Config())) for changes in (*RECIPES.values(), *DENSE.values()))
     assert recipe("a/b").out == "runs/b" and recipe("shapes").model == "xvit_pico" and recipe("cifar10") == Config(
         data="cifar10", out="runs/cifar10")
 
@@ -161,8 +162,8 @@ def test_a_step_is_adamw_on_the_smoothed_loss_and_moves_the_average(tmp_path):
 
 def test_mixing_ends_with_its_share_of_the_epochs(tmp_path, monkeypatch):
     run, seen = run_of(tmp_path, mix=0.5, epochs=4), []
-    mix = run.mix
-    run.mix = lambda x, y: (seen.append(run.epoch), mix(x, y))[1]
+    mix = run.task.mix
+    run.task.mix = lambda x, y: (seen.append(run.epoch), mix(x, y))[1]
     while run.epoch < 4:
         for index in run.batches():
             run.train_step(index)
@@ -184,7 +185,7 @@ def test_evaluate_is_the_mean_over_all_images():
     model, images = XViT(img_size=32, num_classes=4, dim=8, depth=1, num_heads=2, stem_stride=8), data.shapes(23)
     with torch.no_grad():
         logits = model.eval()(data.normalize(images.images))
-    found = train.evaluate(model.train(), images, batch_size=7)
+    found = Classification.evaluate(model.train(), images, batch_size=7)
     assert found["top1"] == pytest.approx((logits.argmax(1) == images.labels).double().mean().item())
     assert found["loss"] == pytest.approx(F.cross_entropy(logits, images.labels).item(), rel=1e-5)
 

@@ -40,9 +40,8 @@ ORANGE_BLUE = np.array([(235, 110, 40), (50, 100, 240)])
 class ImageSet:
     """Images in memory: images uint8 (n, 3, H, W), labels int64 (n,), the names of the classes, the name of the set.
 
-    `copy` says for a run's record which copy of the set this is. For dense prediction (dense_data.py) the labels are None,
-    and instead there are masks uint8 (n, H, W), or boxes, a list of float (k, 4), x0 y0 x1 y1 in pixels, and box_labels, a
-    list of int64 (k,). `shapes` has all four; its masks hold 0 or 1 + kind.
+    `copy` says for a run's record which copy of the set this is. For dense prediction: masks uint8 (n, H, W); or boxes, a
+    list of float (k, 4), x0 y0 x1 y1 in pixels, and box_labels, a list of int64 (k,). `shapes` has masks 0 or 1 + kind.
     """
 
     images: torch.Tensor
@@ -209,22 +208,18 @@ def _check_memory(needed, what):
 
 
 def fit(image, size, square=True):
-    """Any picture, uint8 (1, 3 or 4, H, W), as uint8 (3, size, size): its centre square, resized; alpha over white.
-
-    With square=False the whole picture, its longer side `size` pixels."""
+    """Any picture, uint8 (1, 3 or 4, H, W), as uint8 (3, size, size): its centre square, resized; alpha over white. With
+    square=False the whole picture, its longer side `size` pixels."""
     if image.ndim != 3 or image.shape[0] not in (1, 3, 4) or image.dtype != torch.uint8 or not image.numel():
         raise ValueError(f"got an image {image.dtype} {tuple(image.shape)}, expected torch.uint8 (1, 3 or 4, H, W): "
                          "put the channels first and bring the values to 0..255")
     if image.shape[0] == 4:
-        alpha = image[3:] / 255
-        image = image[:3] * alpha + 255 * (1 - alpha)
-    H, W = image.shape[1:]
+        image = 255 + (image[:3] - 255.0) * (image[3:] / 255)
     if square:
-        top, left, H = max(H - W, 0) // 2, max(W - H, 0) // 2, min(H, W)
-        image, W = image[:, top : top + H, left : left + H], H
-    image = image.expand(3, -1, -1)[None].float()  # (1, 3, H, W)
-    shape = [max(1, round(side * size / max(H, W))) for side in (H, W)]
-    return F.interpolate(image, shape, mode="bilinear", antialias=True)[0].round().to(torch.uint8)
+        image = v2.functional.center_crop(image, [min(image.shape[1:])])  # (1 or 3, side, side)
+    shape = [max(1, round(side * size / max(image.shape[1:]))) for side in image.shape[1:]]
+    image = F.interpolate(image.expand(3, -1, -1)[None].float(), shape, mode="bilinear", antialias=True)[0]  # (3, h, w)
+    return image.round().to(torch.uint8)
 
 
 def normalize(x):
