@@ -12,7 +12,8 @@ if importlib.util.find_spec("xvit_minimal") is None:
                                   "its .venv as the kernel, or run `pip install --no-deps -e .` there")
     url, ref = SOURCE.rsplit("@", 1)
     clone = ["git", "clone", "--quiet", "--depth", "1", "--branch", ref, url, "xvit"]
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "./xvit"]  # leaves Colab's torch alone
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps",  # leaves Colab's torch alone
+           "torchmetrics", "lightning-utilities", "pycocotools", "./xvit"]
     if any(subprocess.run(command).returncode for command in (clone, pip)):
         raise ModuleNotFoundError(f"could not install {SOURCE}: check the runtime's network, or upload the folder "
                                   "xvit_minimal/ of the repository next to this notebook")
