@@ -7,6 +7,8 @@
 It writes book/runs/evaluate/OUT.json: one row for each file of weights, each set and each side in pixels. With --ship, the
 weights are first written in half precision to another file, and that file is evaluated: the one that goes with the book.
 With --jpeg, each set is also compressed by JPEG at that quality, and a second row compares the two image by image.
+A model for segmentation or detection gets one row with its scores; with --mistakes also, for detection, the precision at
+each recall.
 """
 
 import argparse
@@ -28,7 +30,9 @@ from safetensors.torch import save
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 from xvit_minimal import data
+from xvit_minimal.recipe import recipe
 from xvit_minimal.record import provenance, write
+from xvit_minimal.tasks import TASKS
 from xvit_minimal.train import load_model
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -43,10 +47,34 @@ def ship(source, target):
     write(target, save(halves, about))
 
 
-def trained_at(path):
-    """The side in pixels of the images that a file's model was trained with."""
+def about(path):
+    """(task, longer side in pixels of the training images) of a file's model."""
     with safe_open(path, "pt") as file:
-        return json.loads(file.metadata()["about"])["size"]
+        found = json.loads(file.metadata()["about"])
+    size = found["size"]
+    return found["config"].get("task", "classification"), size if isinstance(size, int) else max(size)
+
+
+def origin(path, images):
+    """What a row says about the model and the images that it is about."""
+    return {"weights": path.as_posix(), "sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "data": images.name,
+            "copy": images.copy, "side": max(images.images.shape[-2:]), "images": len(images)}
+
+
+def same_classes(path, classes, images):
+    if tuple(classes) != tuple(images.classes):
+        raise ValueError(f"{path} knows the classes {list(classes)}, and {images.name} has {list(images.classes)}: "
+                         "choose a set with the same ones")
+
+
+def dense_row(path, task, images, mistakes, device):
+    """How a model for a dense task does on an ImageSet; with `mistakes`, a detector's precision-recall curves as well."""
+    model, classes = load_model(path)
+    same_classes(path, classes, images)
+    found = {**origin(path, images), "score": TASKS[task].score, **TASKS[task].evaluate(model.to(device), images)}
+    if mistakes and task == "detection":
+        found["precision"] = TASKS[task].precision(model, images)
+    return found
 
 
 @torch.no_grad()
@@ -61,14 +89,11 @@ def row(path, images, mistakes, device):
 
     With `mistakes`, also whom it takes for whom, and that many of its surest errors."""
     model, classes = load_model(path)
-    if tuple(classes) != tuple(images.classes):
-        raise ValueError(f"{path} knows the classes {list(classes)}, and {images.name} has {list(images.classes)}: "
-                         "choose a set with the same ones")
+    same_classes(path, classes, images)
     p, labels = predict(model.to(device), images, device), images.labels  # (n, classes), (n,)
     guess = p.argmax(1)  # (n,)
     right = guess == labels  # (n,)
-    found = {"weights": path.as_posix(), "sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "data": images.name,
-             "copy": images.copy, "side": images.images.shape[-1], "images": len(images),
+    found = {**origin(path, images),
              "loss": F.nll_loss(p.clamp(min=1e-12).log(), labels).item(), "top1": right.double().mean().item()}
     if mistakes:
         J, wrong = len(classes), (~right).nonzero()[:, 0]
@@ -117,12 +142,17 @@ def main(argv=None):
         if options.ship:
             ship(files[0], options.ship)
             files = [options.ship]
-        results, sizes = [], options.sizes or [trained_at(files[0])]
+        task, side = about(files[0])
+        results = []
         for name in options.data:
-            for size in sizes:
-                for found in rows(files, data.load(name, "test", size), options, device):
+            for size in options.sizes or [side]:
+                images = TASKS[task].load(recipe(name, task, size=size), "test", None)
+                found_rows = (rows(files, images, options, device) if task == "classification" else
+                              (dense_row(path, task, images, options.mistakes, device) for path in files))
+                for found in found_rows:
                     results.append(found)
-                    print("{weights}  {data}, {side} px: {top1:.2%} of {images:,}".format(**found), flush=True)
+                    score = found[found.get("score", "top1")]
+                    print("{weights}  {data}, {side} px: ".format(**found) + f"{score:.2%} of {len(images):,}", flush=True)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     words = " ".join(sys.argv[1:] if argv is None else argv)

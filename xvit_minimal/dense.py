@@ -14,6 +14,7 @@ from torch import nn
 from torchvision.models.detection import RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.retinanet import RetinaNetHead
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import Conv2dNormActivation, FeaturePyramidNetwork
 
 VOID = 255  # the value of a mask's pixel that belongs to no class: no loss and no score counts it
@@ -103,6 +104,13 @@ class _Head(RetinaNetHead):
             return super().forward([level.float() for level in maps])
 
 
+class _AsTheyAre(GeneralizedRCNNTransform):
+    """What RetinaNet does to images first, without its resizing to 800 pixels: it only pads them."""
+
+    def resize(self, image, target=None):
+        return image, target
+
+
 def detector(backbone, num_classes):
     """torchvision's RetinaNet on an XViTBackbone, for images that data.normalize made; classes count from 0.
 
@@ -115,8 +123,9 @@ def detector(backbone, num_classes):
     sizes = tuple(tuple(2 * stride * 2 ** (third / 3) for third in range(3)) for stride in backbone.strides)
     anchors = AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * len(sizes))
     head = _Head(backbone.out_channels, anchors.num_anchors_per_location()[0], num_classes, partial(nn.GroupNorm, 8))
-    return RetinaNet(backbone, num_classes, anchor_generator=anchors, head=head, image_mean=[0.0] * 3, image_std=[1.0] * 3,
-                     size_divisible=backbone.strides[-1], detections_per_img=100, _skip_resize=True)
+    model = RetinaNet(backbone, num_classes, anchor_generator=anchors, head=head, detections_per_img=100)
+    model.transform = _AsTheyAre(1, 1, [0.0] * 3, [1.0] * 3, size_divisible=backbone.strides[-1])
+    return model
 
 
 def transfer(body, trained):

@@ -123,21 +123,33 @@ class Detection:
         with torch.autocast(device.type, torch.bfloat16, enabled=self.config.amp):
             return sum(net(x, targets).values())
 
-    @staticmethod
-    @torch.no_grad()
-    def evaluate(model, images, amp=False, batch_size=16):
+    @classmethod
+    def evaluate(cls, model, images, amp=False):
         """{"map", "map50", "map75", "map_CLASS", ...} of a model on an ImageSet. Counted by torchmetrics with pycocotools."""
-        from torchmetrics.detection import MeanAveragePrecision  # not needed for classification
-
-        counts = MeanAveragePrecision(class_metrics=True)
-        for index, found in _outputs(model, images, amp, batch_size):
-            truth = [{"boxes": images.boxes[i].cpu(), "labels": images.box_labels[i].cpu()} for i in index.tolist()]
-            counts.update([{key: value.float().cpu() if key != "labels" else value.cpu() for key, value in each.items()}
-                           for each in found], truth)
-        scores = counts.compute()
+        scores = cls._counts(model, images, amp)
         each = dict(zip(scores["classes"].reshape(-1).tolist(), scores["map_per_class"].reshape(-1).tolist()))
         return {"map": scores["map"].item(), "map50": scores["map_50"].item(), "map75": scores["map_75"].item(),
                 **{f"map_{name}": each[k] for k, name in enumerate(images.classes) if each.get(k, -1) >= 0}}
+
+    @classmethod
+    def precision(cls, model, images):
+        """{class: [101 numbers]}: the best precision at an overlap of 0.5 for a recall of at least 0, 0.01, ..., 1."""
+        scores = cls._counts(model, images, False, extended_summary=True)
+        curves = scores["precision"][0, :, :, 0, -1]  # (101, K), at 0.5, all sizes of box, 100 boxes a picture
+        kinds = scores["classes"].reshape(-1).tolist()
+        return {images.classes[k]: curves[:, n].tolist() for n, k in enumerate(kinds) if curves[0, n] >= 0}
+
+    @staticmethod
+    @torch.no_grad()
+    def _counts(model, images, amp, **more):
+        from torchmetrics.detection import MeanAveragePrecision  # not needed for classification
+
+        counts = MeanAveragePrecision(class_metrics=True, **more)
+        for index, found in _outputs(model, images, amp, batch_size=16):
+            truth = [{"boxes": images.boxes[i].cpu(), "labels": images.box_labels[i].cpu()} for i in index.tolist()]
+            counts.update([{key: value.float().cpu() if key != "labels" else value.cpu() for key, value in each.items()}
+                           for each in found], truth)
+        return counts.compute()
 
 
 TASKS = {"classification": Classification, "segmentation": Segmentation, "detection": Detection}

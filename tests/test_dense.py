@@ -1,0 +1,506 @@
+"""Dense prediction (dense.py, tasks.py): the pyramid, the two heads, their losses, their scores, and runs of both tasks."""
+
+import json
+import shlex
+import signal
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from test_sync import problems_in_records
+from test_train import stop_at, weights
+from torch import nn
+
+from xvit_minimal import data, dense, dense_data, train
+from xvit_minimal.baselines import XCA, SoftmaxAttention
+from xvit_minimal.dense import VOID, SemanticFPN, XViTBackbone, detector, segmentation_loss, transfer
+from xvit_minimal.model import XViT
+from xvit_minimal.recipe import Config, command, parse, recipe
+from xvit_minimal.tasks import TASKS, Detection, Segmentation
+
+SIZES = [(1, 1), (4, 4000), (33, 65), (32, 64)]
+
+
+def body_of(img_size=32, stem_stride=4, **changes):
+    return XViT(**{**dict(img_size=img_size, num_classes=3, dim=8, depth=2, num_heads=2, stem_stride=stem_stride), **changes})
+
+
+def segmenter(stem_stride=4, strides=(4, 8, 16, 32), num_classes=3):
+    return SemanticFPN(XViTBackbone(body_of(stem_stride=stem_stride), 8, strides), num_classes)
+
+
+def tiny_detector(num_classes=2, strides=(8, 16, 32), channels=8, **changes):
+    return detector(XViTBackbone(body_of(stem_stride=8, **changes), channels, strides), num_classes)
+
+
+def a_target(*boxes, labels=None):
+    return {"boxes": torch.tensor(boxes, dtype=torch.float).reshape(-1, 4), "labels": torch.tensor(
+        [0] * len(boxes) if labels is None else labels, dtype=torch.int64)}
+
+
+@pytest.fixture(autouse=True)
+def the_same_draws():
+    torch.manual_seed(0)
+
+
+# ------------------------------------------------------------------------------------------------------------- pyramid
+
+
+@pytest.mark.parametrize("stem_stride", [2, 4, 8, 16])
+@pytest.mark.parametrize("strides", [(4, 8, 16, 32), (8, 16), (2,)])
+@pytest.mark.parametrize("size", [(1, 1), (33, 65), (64, 32)])
+def test_each_map_has_its_stride(stem_stride, strides, size):
+    maps = XViTBackbone(body_of(stem_stride=stem_stride), 16, strides).eval()(torch.randn(2, 3, *size))
+    coarsest = max(strides[-1], stem_stride)
+    assert list(maps) == [str(n) for n in range(len(strides))]
+    for stride, found in zip(strides, maps.values()):
+        assert found.shape == (2, 16, *(-(-side // coarsest) * coarsest // stride for side in size)) and found.isfinite().all()
+
+
+@pytest.mark.parametrize("strides", [(), (1, 2), (3, 6), (8, 4), (4, 4), (4, 12), (0, 4)])
+def test_strides_that_are_no_increasing_powers_of_two_are_refused(strides):
+    with pytest.raises(ValueError, match="expected increasing powers of 2"):
+        XViTBackbone(body_of(), 8, strides)
+
+
+@pytest.mark.parametrize("channels", [0, 4, 12, -8])
+def test_channels_that_are_no_multiple_of_eight_are_refused(channels):
+    with pytest.raises(ValueError, match=f"got {channels} channels for the pyramid, expected a multiple of 8"):
+        XViTBackbone(body_of(), channels)
+
+
+def test_a_trained_body_gives_the_same_tokens_and_is_left_as_it_is():
+    body, x = body_of(class_depth=1), torch.randn(4, 3, 32, 32)
+    optimizer = torch.optim.AdamW(body.parameters(), 1e-2)
+    for _ in range(2):
+        F.cross_entropy(body(x), torch.tensor([0, 1, 2, 0])).backward()
+        optimizer.step()
+    before = {name: value.clone() for name, value in body.eval().state_dict().items()}
+    backbone = XViTBackbone(body, 8).eval()
+    assert torch.equal(backbone.body.forward_features(x), body.forward_features(x))
+    backbone.train()(x)["0"].sum().backward()
+    with torch.no_grad():
+        for parameter in backbone.parameters():
+            parameter.zero_()
+    assert body.head is not None and len(body.class_blocks) == 1
+    assert all(torch.equal(value, before[name]) for name, value in body.state_dict().items())
+
+
+def test_taps_are_the_grids_after_those_blocks():
+    body, x = body_of(depth=3).eval(), torch.randn(1, 3, 16, 24)
+    first, same, last = body.forward_features(x, taps=[1, 1, 3])
+    assert torch.equal(first, same) and torch.equal(last, body.forward_features(x)) and first.shape == (1, 8, 4, 6)
+    body.blocks = body.blocks[:1]
+    assert torch.equal(body.forward_features(x), first)
+    assert [XViTBackbone(body_of(depth=depth), 8).taps for depth in (1, 4, 7)] == [[1] * 4, [1, 2, 3, 4], [2, 4, 6, 7]]
+
+
+@pytest.mark.parametrize("size", [(1, 1), (33, 65), (5, 40)])
+def test_no_token_of_the_padding_reaches_the_attention(size):
+    body, x, seen = body_of().eval(), torch.randn(1, 3, *size), []
+    for strides in ((4,), (4, 64)):
+        backbone = XViTBackbone(body, 8, strides).eval()
+        for block in backbone.body.blocks:
+            block.attention.part.register_forward_hook(lambda _, inputs, output: seen.append((inputs[0], output)))
+        backbone.resize[0].register_forward_pre_hook(lambda _, inputs: seen.append((inputs[0][:, :, : -(-size[0] // 4), : -(-size[1] // 4)],) * 2))
+        backbone(x)
+    half = len(seen) // 2
+    assert half == 3 and seen[0][0].shape[1] == -(-size[0] // 4) * -(-size[1] // 4)
+    shallow, deep = seen[:half], seen[half:]
+    assert all(torch.equal(a, b) for one, other in zip(shallow[:2], deep) for a, b in zip(one, other))
+    assert torch.equal(deep[2][0], body.forward_features(x, [1])[0]) and torch.equal(shallow[2][0], body.forward_features(x))
+
+
+# -------------------------------------------------------------------------------------------------------- segmentation
+
+
+@pytest.mark.parametrize("stem_stride", [2, 4, 16])
+@pytest.mark.parametrize("size", SIZES)
+def test_every_pixel_of_any_image_gets_logits(size, stem_stride):
+    model, seen = segmenter(stem_stride).eval(), []
+    model.head.register_forward_hook(lambda *call: seen.append(call[2]))
+    with torch.no_grad():
+        logits = model(torch.randn(1, 3, *size))
+    assert logits.shape == (1, 3, *size) and logits.isfinite().all()
+    whole = F.interpolate(seen[0], scale_factor=4, mode="bilinear")
+    assert whole.shape[2:] == tuple(-(-side // 32) * 32 for side in size) and torch.equal(logits, whole[:, :, : size[0], : size[1]])
+
+
+@pytest.mark.parametrize("stem_stride, strides", [(4, (4, 8, 16, 32)), (2, (4, 8)), (16, (2, 4)), (8, (8,))])
+def test_a_gradient_reaches_every_parameter_of_a_segmentation_model(stem_stride, strides):
+    model = segmenter(stem_stride, strides)
+    segmentation_loss(model(torch.randn(2, 3, 40, 33)), torch.randint(3, (2, 40, 33))).backward()
+    assert not [name for name, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
+    assert not [name for name, p in model.named_parameters() if not p.grad.any()]
+
+
+def by_hand(logits, masks):
+    losses = [-logits[b, :, y, x].double().log_softmax(0)[masks[b, y, x]] for b in range(masks.shape[0])
+              for y in range(masks.shape[1]) for x in range(masks.shape[2]) if masks[b, y, x] != VOID]
+    return sum(losses) / len(losses)
+
+
+@pytest.mark.parametrize("kind", [torch.uint8, torch.int64, torch.int32])
+def test_the_segmentation_loss_is_the_mean_over_pixels_with_a_class(kind):
+    logits, masks = 5 * torch.randn(2, 3, 4, 5), torch.randint(3, (2, 4, 5))
+    masks[0, :2], masks[1, 3, 1] = VOID, VOID
+    logits.requires_grad_()
+    loss = segmentation_loss(logits, masks.to(kind))
+    torch.testing.assert_close(loss.double(), by_hand(logits.detach(), masks), rtol=1e-6, atol=0)
+    loss.backward()
+    assert torch.equal((logits.grad != 0).any(1), masks != VOID)
+
+
+def test_only_void_is_no_loss():
+    logits = torch.randn(1, 3, 2, 2, requires_grad=True)
+    loss = segmentation_loss(logits, torch.full((1, 2, 2), VOID, dtype=torch.uint8))
+    loss.backward()
+    assert loss == 0 and not logits.grad.any()
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16])
+def test_half_precision_logits_are_reduced_in_float32(kind):
+    logits, masks = (20 * torch.randn(2, 4, 64, 64)).to(kind), torch.randint(4, (2, 64, 64))
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = segmentation_loss(logits, masks)
+    assert loss.dtype == torch.float32 and torch.equal(loss, segmentation_loss(logits.float(), masks))
+
+
+@pytest.mark.parametrize("masks, message", [
+    (torch.zeros(1, 4, 5).long(), r"got masks \(1, 4, 5\) for logits \(1, 3, 4, 4\), expected \(1, 4, 4\): resize masks"),
+    (torch.zeros(4, 4).long(), "got masks"), (torch.full((1, 4, 4), 3), "got a class 3 in a mask, expected 0 to 2, or 255"),
+    (torch.full((1, 4, 4), -1), "got a class -1 in a mask"), (torch.full((1, 4, 4), 254, dtype=torch.uint8), "got a class 254"),
+])
+def test_masks_that_do_not_fit_are_refused(masks, message):
+    with pytest.raises(ValueError, match=message):
+        segmentation_loss(torch.zeros(1, 3, 4, 4), masks)
+
+
+# ----------------------------------------------------------------------------------------------------------- detection
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_detector_takes_any_image(size):
+    found, = tiny_detector().eval()(torch.randn(1, 3, *size))
+    n = len(found["scores"])
+    assert found["boxes"].shape == (n, 4) and found["labels"].shape == (n,) and n <= 100
+    assert all(value.isfinite().all() for value in found.values())
+
+
+def test_a_detector_takes_images_of_different_sizes_and_keeps_boxes_inside_each():
+    model = tiny_detector().eval()
+    nn.init.zeros_(model.head.classification_head.cls_logits.bias)  # so that it finds something everywhere
+    found = model([torch.randn(3, 20, 50), torch.randn(3, 40, 30)])
+    for each, (height, width) in zip(found, ((20, 50), (40, 30)), strict=True):
+        assert len(each["boxes"]) == 100 and set(each["labels"].tolist()) <= {0, 1}
+        assert (each["boxes"] >= 0).all() and (each["boxes"] <= torch.tensor([width, height] * 2)).all()
+
+
+def test_nine_anchors_stand_at_each_cell():
+    model = tiny_detector(strides=(8, 16))
+    sizes = [(2 * s * 2 ** (k / 3)) ** 2 for s in (8, 16) for k in range(3)]
+    for found, areas in zip(model.anchor_generator.cell_anchors, (sizes[:3], sizes[3:])):
+        sides = (found[:, 2:] - found[:, :2])
+        assert len(found) == 9 and sorted(set((sides[:, 1] / sides[:, 0]).mul(2).round().tolist())) == [1, 2, 4]
+        torch.testing.assert_close(sides.prod(1).sort()[0], torch.tensor(areas).repeat_interleave(3).sort()[0], rtol=0.06, atol=0)
+
+
+@pytest.mark.parametrize("targets", [
+    [a_target(), a_target()], [a_target((2, 2, 20, 20)), a_target()], [a_target((2, 2, 20, 20), (0, 0, 33, 40), labels=[1, 0])] * 2])
+def test_a_gradient_reaches_every_parameter_of_a_detector(targets):
+    model = tiny_detector()
+    losses = model(torch.randn(2, 3, 40, 33), targets)
+    assert set(losses) == {"classification", "bbox_regression"} and all(loss.isfinite() for loss in losses.values())
+    sum(losses.values()).backward()
+    assert not [name for name, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
+    if len(targets[1]["boxes"]):
+        assert not [name for name, p in model.named_parameters() if not p.grad.any()]
+
+
+@pytest.mark.parametrize("label", [0, 1])
+def test_a_detector_finds_the_box_it_was_shown(label):
+    model, x = tiny_detector(dim=16), torch.full((2, 3, 32, 32), -1.0)
+    x[:, :, 8:24, 4:20] = 1
+    targets = [a_target((4, 8, 20, 24), labels=[label])] * 2
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+    for _ in range(30):
+        optimizer.zero_grad()
+        loss = sum(model(x, targets).values())
+        loss.backward()
+        optimizer.step()
+    found = model.eval()(x)[0]
+    best = found["scores"].argmax()
+    assert found["scores"][best] > 0.5 and found["labels"][best] == label, loss
+    assert (found["boxes"][best] - targets[0]["boxes"][0]).abs().max() < 4
+
+
+def test_the_head_computes_in_float32_under_autocast():
+    head, maps = tiny_detector().head, [torch.randn(2, 8, 4, 4).bfloat16(), torch.randn(2, 8, 2, 2).bfloat16()]
+    plain = head([level.float() for level in maps])
+    with torch.autocast("cpu", torch.bfloat16):
+        assert nn.Linear(2, 2)(torch.ones(1, 2)).dtype == torch.bfloat16
+        found = head(maps)
+    assert all(value.dtype == torch.float32 and torch.equal(value, plain[name]) for name, value in found.items())
+
+
+# ------------------------------------------------------------------------------------------------- weights from elsewhere
+
+
+def test_stem_and_blocks_are_copied_and_positions_interpolated():
+    theirs, ours = body_of(class_depth=1), body_of(img_size=(64, 40), class_depth=0)
+    head = ours.head.weight.clone()
+    transfer(ours, theirs)
+    for name, value in ours.state_dict().items():
+        if name.split(".")[0] in ("stem", "blocks"):
+            assert torch.equal(value, theirs.state_dict()[name])
+    resized = F.interpolate(theirs.positions, (16, 10), mode="bicubic", align_corners=False)
+    assert torch.equal(ours.positions, resized) and torch.equal(ours.head.weight, head)
+    same = body_of()
+    transfer(same, theirs)
+    assert torch.equal(same.positions, theirs.positions)
+
+
+@pytest.mark.parametrize("changes", [
+    dict(dim=16), dict(depth=1), dict(depth=3), dict(stem_stride=8), dict(attention=XCA), dict(attention=SoftmaxAttention),
+    dict(lpi=False), dict(num_heads=4)])
+def test_another_body_is_refused_with_the_options_that_make_it(changes):
+    body, trained = body_of(), body_of(**changes)
+    before = {name: value.clone() for name, value in body.state_dict().items()}
+    with pytest.raises(ValueError, match="in the checkpoint and .* in this model: give .*--dim, --depth, --num-heads, --stem-stride"):
+        transfer(body, trained)
+    assert all(torch.equal(value, before[name]) for name, value in body.state_dict().items())
+
+
+TINY = dict(limit=32, batch_size=8, epochs=1, dim=8, depth=1, num_heads=2, size=32, pyramid=8, device="cpu", augment="crop")
+
+
+@pytest.fixture
+def few_to_test(monkeypatch):
+    """Twelve test images of shapes in place of 400."""
+    whole = dense_data.load
+    monkeypatch.setattr(dense_data, "load", lambda name, task, split="train", size=None, limit=None: whole(
+        name, task, split, size, limit or (12 if name == "shapes" else None)))
+
+
+def tiny(task, folder, **changes):
+    return recipe(changes.pop("data", "shapes"), task, **{**TINY, "out": str(folder), **changes})
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory):
+    """The weights of a classifier of shapes."""
+    folder = tmp_path_factory.mktemp("classifier")
+    train.train(recipe("shapes", limit=64, batch_size=16, epochs=1, dim=8, depth=1, num_heads=2, device="cpu", out=str(folder)))
+    return folder / "weights.safetensors"
+
+
+@pytest.mark.parametrize("task, changes", [("segmentation", {}), ("detection", dict(stem_stride=4))])
+def test_a_run_starts_with_the_body_of_a_classifier(classifier, tmp_path, few_to_test, task, changes):
+    config = tiny(task, tmp_path, init=str(classifier), size=48, amp=False, compile=False, **changes)
+    sets = [TASKS[task].load(config, "train", 8) for _ in range(2)]
+    body = next(m for m in train.Run(config, *sets, torch.device("cpu")).model.modules() if isinstance(m, XViT)).state_dict()
+    theirs = train.load_model(classifier)[0].state_dict()
+    assert all(torch.equal(body[name], value) for name, value in theirs.items() if name.split(".")[0] in ("stem", "blocks"))
+    assert torch.equal(body["positions"], F.interpolate(theirs["positions"], (12, 12), mode="bicubic", align_corners=False))
+
+
+@pytest.mark.parametrize("changes", [dict(dim=16), dict(depth=2), dict(attention="softmax"), dict(stem_stride=8)])
+def test_a_run_refuses_the_body_of_another_model(classifier, tmp_path, few_to_test, changes):
+    with pytest.raises(ValueError, match="weights.safetensors: .* give the checkpoint's own --model, --dim, --depth, .*--attention"):
+        train.train(tiny("segmentation", tmp_path, init=str(classifier), **changes))
+
+
+# ---------------------------------------------------------------------------------------------------------------- runs
+
+
+def check_record(tree, found):
+    found = {**found, "command": "python -m xvit_minimal.train", "commit": (found["commit"] or "0123abc").removesuffix("-dirty"),
+             "config": {**found["config"], "out": "runs/x", "init": None, "data": "x"},  # folders of this machine
+             "data": {**found["data"], "name": "x"}}
+    (tree / "book/runs/two.json").write_text(json.dumps(found))
+    assert not problems_in_records(tree)
+
+
+@pytest.mark.parametrize("task, score", [("segmentation", "test_miou"), ("detection", "test_map")])
+def test_a_run_leaves_a_record_and_weights_that_give_its_scores(tree, tmp_path, few_to_test, task, score):
+    config = tiny(task, tmp_path / "run")
+    found = train.train(config)
+    check_record(tree, found)
+    assert {p.name for p in (tmp_path / "run").iterdir()} == {
+        "weights.safetensors", "record.json", "checkpoint.pt", "checkpoint.previous.pt"}
+    assert found["data"]["splits"] == {"train": 32, "test": 12} and score in found["results"][0]
+    model, classes = train.load_model(tmp_path / "run/weights.safetensors")
+    test = TASKS[task].load(config, "test", None)
+    assert tuple(classes) == test.classes and not model.training
+    again = {f"test_{key}": value for key, value in TASKS[task].evaluate(model, test).items()}
+    assert again == {key: value for key, value in found["results"][0].items() if key != "epoch"}
+    assert found["parameters"] == sum(p.numel() for p in model.parameters())
+    with torch.no_grad():
+        assert model(data.normalize(test.images[:1])) is not None
+
+
+@pytest.mark.parametrize("task", ["segmentation", "detection"])
+def test_an_interrupted_run_ends_with_the_same_bytes(tmp_path, monkeypatch, few_to_test, task):
+    """After a step in the middle of an epoch, with every augmentation."""
+    changes = dict(epochs=2, limit=16, eval_epochs=2, drop_path=0.1)
+    whole = train.train(tiny(task, tmp_path / "whole", **changes))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stop_at(3, patch, signal.SIGINT)
+        train.train(tiny(task, tmp_path / "stopped", **changes))
+    assert torch.load(tmp_path / "stopped/checkpoint.pt", weights_only=True)["step"] == 3
+    found = train.train(tiny(task, tmp_path / "stopped", **changes))
+    assert weights(tmp_path / "stopped") == weights(tmp_path / "whole") and found["results"] == whole["results"]
+
+
+def test_a_run_on_oblong_pictures(tree, tmp_path):
+    for part in ("train", "test"):
+        for kind in (part, f"{part}annot"):
+            (tmp_path / "roofs" / kind).mkdir(parents=True)
+        for n in range(4):
+            mask = np.random.default_rng(n).integers(0, 3, (24, 40), np.uint8)
+            Image.fromarray(np.stack([mask * 100] * 3, 2)).save(tmp_path / f"roofs/{part}/{n}.png")
+            Image.fromarray(np.where(mask == 2, VOID, mask).astype(np.uint8)).save(tmp_path / f"roofs/{part}annot/{n}.png")
+    (tmp_path / "roofs/classes.txt").write_text("sky\nroof\n")
+    found = train.train(tiny("segmentation", tmp_path / "run", data=str(tmp_path / "roofs"), size=40, limit=None, batch_size=2))
+    check_record(tree, found)
+    model, classes = train.load_model(tmp_path / "run/weights.safetensors")
+    assert model.backbone.body.positions.shape == (1, 8, 6, 10) and classes == ["sky", "roof"]
+    assert {"test_iou_sky", "test_iou_roof", "test_accuracy"} < set(found["results"][0])
+
+
+# -------------------------------------------------------------------------------------------------------------- scores
+
+
+class Told(nn.Module):
+    """Answers with what it was told for an image, whose number stands in its pixels."""
+
+    def __init__(self, answers):
+        super().__init__()
+        self.answers, self.none = answers, nn.Parameter(torch.zeros(1))
+
+    def forward(self, x):
+        assert not self.training
+        picked = [self.answers[number] for number in ((x[:, 0, 0, 0] + 2) * 63.75).round().int().tolist()]
+        return torch.stack(picked) if isinstance(picked[0], torch.Tensor) else picked
+
+
+def numbered(n, height, width, classes, **more):
+    images = torch.arange(n, dtype=torch.uint8)[:, None, None, None].expand(n, 3, height, width)
+    return data.ImageSet(images, None, classes, "numbers", "numbered", **more)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 16])
+def test_miou_is_that_of_counting_by_hand(batch_size):
+    classes, n = ("sky", "road", "boat", "unicorn", "car"), 5  # nobody sees a unicorn, and the car is only in the truth
+    truth, said = torch.randint(3, (n, 4, 6)), torch.randint(3, (n, 4, 6))
+    truth[0, 0], truth[3], truth[1, 1, :2] = VOID, VOID, 4
+    said[0, 0] = 3  # under void: counts nowhere
+    model = Told(list(F.one_hot(said, 5).permute(0, 3, 1, 2).float()))
+    found = Segmentation.evaluate(model.train(), numbered(n, 4, 6, classes, masks=truth.to(torch.uint8)), batch_size=batch_size)
+    pixels = [(i, y, x) for i in range(n) for y in range(4) for x in range(6) if truth[i, y, x] != VOID]
+    iou = {}
+    for k, name in enumerate(classes):
+        of_truth, of_said = ({p for p in pixels if mask[p] == k} for mask in (truth, said))
+        if of_truth | of_said:
+            iou[name] = len(of_truth & of_said) / len(of_truth | of_said)
+    assert set(iou) == {"sky", "road", "boat", "car"} and iou["car"] == 0
+    expected = {"miou": sum(iou.values()) / 4, "accuracy": sum((truth[p] == said[p]).item() for p in pixels) / len(pixels),
+                **{f"iou_{name}": value for name, value in iou.items()}}
+    assert found == pytest.approx(expected, rel=1e-9) and list(found) == list(expected)
+
+
+def overlap(a, b):
+    width, height = (max(0, min(a[2 + k], b[2 + k]) - max(a[k], b[k])) for k in (0, 1))
+    area = sum((box[2] - box[0]) * (box[3] - box[1]) for box in (a, b))
+    return width * height / (area - width * height)
+
+
+def average_precision(truth, said, threshold):
+    """COCO's, of one class: truth {image: boxes}, said [(score, image, box), ...]."""
+    found, hits, points = set(), 0, []
+    for n, (_, image, box) in enumerate(sorted(said, key=lambda each: -each[0]), start=1):
+        overlaps = [(overlap(box, other), (image, k)) for k, other in enumerate(truth.get(image, [])) if (image, k) not in found]
+        best, which = max(overlaps, default=(0, None))
+        if best >= threshold:
+            found.add(which)
+            hits += 1
+        points.append((hits / sum(map(len, truth.values())), hits / n))  # recall, precision
+    return sum(max((p for r, p in points if r >= k / 100), default=0) for k in range(101)) / 101
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 16])
+def test_map_is_that_of_counting_by_hand(batch_size):
+    """Class 0 has two truths and three predictions, one of them in an image without truth; class 1 has a truth that nobody
+    finds, class 2 none; image 3 has neither."""
+    truth = {0: {0: [(0, 0, 20, 20)], 1: [(10, 10, 30, 40)]}, 1: {1: [(0, 0, 8, 8)]}}
+    said = {0: [(0.9, 0, (0, 0, 20, 17)), (0.8, 2, (5, 5, 15, 15)), (0.7, 1, (10, 10, 30, 29))]}  # overlaps 0.85, 0, 0.63
+    answers, boxes, labels = [], [], []
+    for image in range(4):
+        mine = [(score, box) for score, where, box in said[0] if where == image]
+        answers.append({**a_target(*[box for _, box in mine]), "scores": torch.tensor([score for score, _ in mine])})
+        there = [(box, k) for k in truth for box in truth[k].get(image, [])]
+        target = a_target(*[box for box, _ in there], labels=[k for _, k in there])
+        boxes.append(target["boxes"])
+        labels.append(target["labels"])
+    images = numbered(4, 40, 40, ("cell", "plate", "ghost"), boxes=boxes, box_labels=labels)
+    found = Detection.evaluate(Told(answers).train(), images, batch_size=batch_size)
+    each = {n: average_precision(truth[0], said[0], n / 100) for n in range(50, 100, 5)}
+    assert each[50] == pytest.approx((51 + 50 * 2 / 3) / 101) and each[75] == pytest.approx(51 / 101) and each[90] == 0
+    cell = sum(each.values()) / 10
+    expected = {"map": cell / 2, "map50": each[50] / 2, "map75": each[75] / 2, "map_cell": cell, "map_plate": 0}
+    assert found == pytest.approx(expected, abs=1e-6) and "map_ghost" not in found
+
+
+def test_a_detector_that_says_the_truth_scores_one_and_one_that_is_silent_zero():
+    images = data.shapes(6, 32)
+    images.images[:] = torch.arange(6, dtype=torch.uint8)[:, None, None, None]
+    right = [{"boxes": box, "labels": label, "scores": torch.ones(2)} for box, label in zip(images.boxes, images.box_labels)]
+    silent = [{**a_target(), "scores": torch.zeros(0)}] * 6
+    assert set(Detection.evaluate(Told(right), images).values()) == {1.0}
+    assert set(Detection.evaluate(Told(silent), images).values()) == {0.0}
+
+
+# ------------------------------------------------------------------------------------------------------------- recipe
+
+
+@pytest.mark.parametrize("task", ["segmentation", "detection"])
+@pytest.mark.parametrize("changes, message", [
+    (dict(mix=0.5), "got mix=0.5, .* expected 0 for all three"), (dict(label_smoothing=0.1), "label_smoothing=0.1, .* one label an image"),
+    (dict(class_depth=1), "class_depth=1 for .*leave them out"), (dict(augment="shift"), "got augment 'shift', expected one of none, flip, crop"),
+    (dict(augment="corp"), "nearest is 'crop'"), (dict(pyramid=12), "got pyramid=12, expected a multiple of 8"), (dict(pyramid=0), "pyramid=0"),
+])
+def test_what_a_dense_task_cannot_use_is_refused(task, changes, message):
+    with pytest.raises(ValueError, match=message):
+        recipe("shapes", task, **changes)
+
+
+@pytest.mark.parametrize("near, name", [("segmentation", "segment"), ("detection", "detect"), ("classification", "class")])
+def test_an_unknown_task_is_answered_with_the_nearest(near, name, capsys):
+    with pytest.raises(ValueError, match=f"got task '{name}', expected one of classification, .* nearest is '{near}'"):
+        Config(task=name)
+    with pytest.raises(SystemExit):
+        parse(["--task", name])
+    assert f"nearest is '{near}'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("line", [
+    "--task segmentation", "--task detection --data bccd --epochs 7 --size 200 --out runs/x", "--data cifar10 --task classification",
+    "--task segmentation --data 'a folder' --init a/weights.safetensors --pyramid 32 --augment none --ema 0.5 --no-lpi --amp",
+])
+def test_a_command_makes_a_dense_configuration_again(line):
+    config = parse(shlex.split(line))
+    assert parse(shlex.split(command(config))[3:]) == config
+    assert (config.class_depth == 0) == ("classification" not in line) == ("--task" in command(config))
+
+
+def test_each_task_has_a_folder_a_score_and_a_cost(tmp_path):
+    assert recipe("a/roofs", "segmentation").out == "runs/roofs-segmentation" and recipe("shapes").out == "runs/shapes"
+    assert [TASKS[task].score for task in ("classification", "segmentation", "detection")] == ["top1", "miou", "map"]
+    for task in ("segmentation", "detection"):
+        config = tiny(task, tmp_path)
+        model = TASKS[task].model(config, 5, (24, 40))
+        parameters, multiply_adds = TASKS[task].cost(model, (24, 40))
+        assert parameters == sum(p.numel() for p in model.parameters()) and multiply_adds > 0
+        assert next(model.parameters()).device.type == "cpu" and isinstance(model, (SemanticFPN, dense.RetinaNet))
