@@ -115,9 +115,9 @@ def _download(name, root, known=KNOWN):
             torchvision_class(unfinished, download=True, **({"size": "160px"} if name == "imagenette" else {}))
             return (Path(unfinished) / base).rename(root / base)
     except (OSError, RuntimeError) as error:
-        raise ValueError(f"{name} is not on this machine, and its download failed ({error}): put {base}/, or folders "
-                         f"{name}/train/CLASS and {name}/test/CLASS, into a folder that XVIT_DATA names; or put them "
-                         f"into {root}/; or take the set that is generated, --data shapes") from error
+        raise ValueError(f"{name} is not on this machine, and its download failed ({error}): put {base}/, as "
+                         "torchvision unpacks it (or what data/README.md says is read as well), into a folder that XVIT_DATA "
+                         f"names, or into {root}/; or take the set that is generated, --data shapes") from error
 
 
 def _read_cifar(name, folder, split, size, limit):

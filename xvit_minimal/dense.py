@@ -26,9 +26,9 @@ class XViTBackbone(nn.Module):
     Takes a copy of the stem, positions and blocks of `body`, trained or not, and leaves its class attention and head. The
     tokens after equally spaced blocks, all on one grid, are enlarged by transposed convolutions or reduced by max-pooling
     to the strides, as XCiT does (arXiv:2106.09681), then torchvision's FeaturePyramidNetwork (arXiv:1612.03144) brings
-    them to `channels`. Each map is padded at its right and lower edge, as if the image had been padded with nothing to a multiple of the
-    largest stride: h = ⌈H / largest⌉ * largest / stride. The padding is added after the attention, so no token of it is
-    ever summed into KᵀV.
+    them to `channels`. Each map is padded at its right and lower edge up to a multiple of the largest stride, h = ⌈H / largest⌉ *
+    largest / stride if the body's tokens are no larger than that. This padding is added after the attention, so no token
+    of it is ever summed into KᵀV.
     Raises ValueError if the strides are not increasing powers of 2, or the channels no multiple of 8.
     """
 
@@ -115,14 +115,15 @@ def detector(backbone, num_classes):
     """torchvision's RetinaNet on an XViTBackbone, for images that data.normalize made; classes count from 0.
 
     In evaluation mode images (B, 3, H, W), or a list of images of different sizes, -> a list of {"boxes" (n, 4) as x0 y0 x1
-    y1 in pixels, "scores" (n,), "labels" (n,)}. In training mode `model(images, targets)` -> {"classification",
+    y1 in pixels, "scores" (n,), "labels" (n,)}. Images are padded with zeros to a common size and a multiple of the largest stride. In training mode `model(images, targets)` -> {"classification",
     "bbox_regression"}, the losses; a target holds "boxes" and "labels". At each cell of a map stand nine anchors: sides of
     2, 2.5 and 3.2 strides, as squares and at 1:2 and 2:1. Half of what RetinaNet uses, for images are small here.
     Source: Lin et al., Focal Loss for Dense Object Detection, arXiv:1708.02002.
     """
     sizes = tuple(tuple(2 * stride * 2 ** (third / 3) for third in range(3)) for stride in backbone.strides)
     anchors = AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * len(sizes))
-    head = _Head(backbone.out_channels, anchors.num_anchors_per_location()[0], num_classes, partial(nn.GroupNorm, 8))
+    head = _Head(backbone.out_channels, anchors.num_anchors_per_location()[0], num_classes,
+                 partial(nn.GroupNorm, backbone.out_channels // 8))
     model = RetinaNet(backbone, num_classes, anchor_generator=anchors, head=head, detections_per_img=100)
     model.transform = _AsTheyAre(1, 1, [0.0] * 3, [1.0] * 3, size_divisible=backbone.strides[-1])
     return model
@@ -139,7 +140,12 @@ def transfer(body, trained):
         a, b = (tuple(weights[name].shape) if name in weights else None for weights in (ours, theirs))
         if a != b and not (name == "positions" and a[1] == b[1]):
             raise ValueError(f"{name} is {b} in the checkpoint and {a} in this model: give the checkpoint's own --model, "
-                             "--dim, --depth, --num-heads, --stem-stride and --attention")
+                             "--dim, --depth, --num-heads, --stem-stride, --attention and --lpi or --no-lpi")
+    for block, other in zip(body.blocks, trained.blocks):
+        a, b = (f"{type(m).__name__} with {m.num_heads} heads" for m in (block.attention.part, other.attention.part))
+        if a != b:  # no shape tells them apart
+            raise ValueError(f"the attention is {b} in the checkpoint and {a} in this model: give the checkpoint's own "
+                             "--attention and --num-heads")
     weights = {name: theirs[name] for name in names}
     if weights["positions"].shape != ours["positions"].shape:
         weights["positions"] = F.interpolate(weights["positions"], ours["positions"].shape[2:], mode="bicubic", align_corners=False)

@@ -91,6 +91,8 @@ def _segmentation(name, folder, split, size, limit):
                        and not f.name.startswith("."))
         pairs = [(f, annotations / f"{f.stem}.png") for f in files]
         classes = CAMVID if name == "camvid" else tuple(_lines(folder / "classes.txt"))
+        if len(classes) < 2:
+            raise ValueError(f"{folder / 'classes.txt'}: got {len(classes)} classes, expected two or more: name the background, too")
         if name == "camvid":
             values[len(CAMVID)] = VOID
     pairs = _some(pairs, limit, folder)
@@ -100,8 +102,8 @@ def _segmentation(name, folder, split, size, limit):
         if not annotation.exists():
             raise ValueError(f"{annotation}: missing, expected the classes of the pixels of {picture.name}: add it, or take "
                              "the picture away")
-        image, (width, height) = data.read_image(picture, size, square=False), _open(picture).size
-        mask = _open(annotation)
+        image, (width, height) = data.read_image(picture, size, square=False), _size(picture)
+        mask = _open(annotation, decode=True)
         if mask.mode not in ("L", "P", "1") or mask.size != (width, height):
             raise ValueError(f"{annotation}: got {mask.width} x {mask.height} pixels in mode {mask.mode}, expected one number "
                              f"for each of the {width} x {height} pixels of {picture.name}: draw it again")
@@ -138,10 +140,10 @@ def _detection(name, folder, split, size, limit):
         if unknown := sorted({kind for kind, _ in found} - {*classes}):
             raise ValueError(f"{file}: got {unknown[0]!r}, expected one of {', '.join(classes)}, as in the training part: "
                              "correct it, or add such a box to a training picture")
-        image, (width, height) = data.read_image(picture, size, square=False), _open(picture).size
+        image, (width, height) = data.read_image(picture, size, square=False), _size(picture)
         boxes = torch.tensor([box for _, box in found], dtype=torch.float).reshape(-1, 4)  # (k, 4)
-        boxes = torch.minimum(boxes.clamp(min=0), torch.tensor([width, height] * 2).float())
         boxes = boxes * torch.tensor([image.shape[2] / width, image.shape[1] / height] * 2)
+        boxes = torch.minimum(boxes.clamp(min=0), torch.tensor([image.shape[2], image.shape[1]] * 2).float())
         keep = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])  # (k,)
         labels = torch.tensor([classes.index(kind) for kind, _ in found], dtype=torch.int64)
         return image, boxes[keep], labels[keep], len(found) - keep.sum().item()
@@ -172,10 +174,19 @@ def _year(folder):
     return folder / "VOC2012" if (folder / "VOC2012").is_dir() else folder
 
 
-def _open(file):
-    """A PIL image, not decoded yet."""
+def _size(file):
+    """(width, height) of a picture after it has been turned as its EXIF data say."""
+    image = _open(file)
+    return image.size[::-1] if image.getexif().get(0x0112, 1) >= 5 else image.size  # 5 to 8 lie on their side
+
+
+def _open(file, decode=False):
+    """A PIL image, by default not decoded yet."""
     try:
-        return Image.open(file)
+        image = Image.open(file)
+        if decode:
+            image.load()
+        return image
     except Exception as error:
         raise ValueError(f"{file}: cannot be read as an image ({error}): replace the file or take it away") from error
 
@@ -231,6 +242,8 @@ class AugmentDense:
         steps = [] if how == "none" else [v2.RandomHorizontalFlip()] + (crop if how == "crop" else [])
         self.change, self.size = v2.Compose(steps) if steps else lambda sample: sample, size
         self.clean = v2.SanitizeBoundingBoxes(min_size=4, labels_getter=lambda sample: sample["labels"])
+        if how != "crop":
+            self.clean = lambda sample: sample  # nothing has cut a box
 
     def with_mask(self, image, mask):
         """uint8 (3, H, W) and (H, W) -> uint8 of the same shapes."""

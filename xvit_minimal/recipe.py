@@ -36,7 +36,7 @@ class Config:
     task: str = _option("classification", f"one of {', '.join(DENSE)}")
     data: str = _option("shapes", "a set by name (cifar10, cifar100, imagenette, shapes; camvid, voc, pets for segmentation; "
                         "bccd, voc for detection) or a folder")
-    out: str = _option("runs/shapes", "folder of the run, runs/DATA by default; an unfinished run in it goes on")
+    out: str = _option("runs/shapes", "folder of the run, by default runs/DATA or, for a dense task, runs/DATA-TASK; an unfinished run in it goes on")
     model: str = _option("xvit_nano", f"one of {', '.join(SIZES)}")
     attention: str = _option("xnorm", f"one of {', '.join(ATTENTIONS | VARIANTS)}")
     dim: int | None = _option(None, "width, instead of the model's")

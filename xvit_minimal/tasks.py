@@ -88,7 +88,9 @@ class Segmentation:
         counts = MulticlassConfusionMatrix(K, ignore_index=VOID).to(device)
         for index, logits in _outputs(model, images, amp, batch_size):
             counts.update(logits.argmax(1), images.masks[index].to(device).long())
-        table = counts.compute().double()  # (K, K) pixels: truth, prediction
+        table = counts.compute().cpu().double()  # (K, K) pixels: truth, prediction
+        if not table.sum():
+            raise ValueError(f"no pixel of the {len(images)} test pictures of {images.name} has a class: label some")
         both, either = table.diag(), table.sum(0) + table.sum(1) - table.diag()  # (K,), (K,)
         iou = {f"iou_{name}": (a / b).item() for name, a, b in zip(images.classes, both, either) if b > 0}
         return {"miou": sum(iou.values()) / len(iou), "accuracy": (both.sum() / table.sum()).item(), **iou}
@@ -144,11 +146,14 @@ class Detection:
     def _counts(model, images, amp, **more):
         from torchmetrics.detection import MeanAveragePrecision  # not needed for classification
 
-        counts = MeanAveragePrecision(class_metrics=True, **more)
+        if not any(map(len, images.boxes)):
+            raise ValueError(f"no box in any of the {len(images)} test pictures of {images.name}: draw some")
+        device = next(model.parameters()).device
+        counts = MeanAveragePrecision(class_metrics=True, **more).to(device)
         for index, found in _outputs(model, images, amp, batch_size=16):
-            truth = [{"boxes": images.boxes[i].cpu(), "labels": images.box_labels[i].cpu()} for i in index.tolist()]
-            counts.update([{key: value.float().cpu() if key != "labels" else value.cpu() for key, value in each.items()}
-                           for each in found], truth)
+            truth = [{"boxes": images.boxes[i].to(device), "labels": images.box_labels[i].to(device)} for i in index.tolist()]
+            counts.update([{key: value.float() if key != "labels" else value for key, value in each.items()} for each in found],
+                          truth)
         return counts.compute()
 
 

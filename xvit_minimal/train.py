@@ -53,7 +53,7 @@ class Run:
         self.task = TASKS[config.task](config, train_set)
         torch.manual_seed(config.seed)  # the same first weights in every process
         self.model = self.task.model(config, len(train_set.classes), self.size).to(device)
-        if config.init:
+        if config.init and not self._path("checkpoint.pt").exists():
             start_from(self.model, config.init)
         if dist.is_initialized():
             synchronize_batch_norms(self.model)
