@@ -55,10 +55,10 @@ def measure(size, methods, rounds, device):
         own = times.get(name, [])
         row = {"model": name, "height": size[0], "width": size[1], "tokens": tokens, **spread("seconds", own),
                **spread("ratio", [a / b for a, b in zip(own, times.get("xnorm", []))]), "peak_bytes": peaks.get(name)}
-        if name not in first:
-            row["reason"] = "ran out of the GPU's memory"
-        elif not own:
+        if first.get(name, 0) > STOP:
             row |= {"first_seconds": first[name], "reason": f"its first step took {first[name]:.0f} s, more than {STOP}"}
+        elif not own:
+            row["reason"] = "ran out of the GPU's memory"
         rows.append(row)
     return rows
 

@@ -1,6 +1,7 @@
 """Dense prediction (dense.py, tasks.py): the pyramid, the two heads, their losses and scores, runs of both tasks."""
 
 import json
+import re
 import shlex
 import signal
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from test_book import ROOT
 from test_sync import problems_in_records
 from test_train import stop_at, weights
 from torch import nn
@@ -537,3 +539,19 @@ def test_each_task_has_a_folder_a_score_and_a_cost(tmp_path):
         parameters, multiply_adds = TASKS[task].cost(model, (24, 40))
         assert parameters == sum(p.numel() for p in model.parameters()) and multiply_adds > 0
         assert next(model.parameters()).device.type == "cpu" and isinstance(model, (SemanticFPN, dense.RetinaNet))
+
+
+@pytest.mark.parametrize("file, weights_file, known", [("street.jpg", "camvid", "sky"), ("blood.jpg", "bccd", "RBC")])
+@pytest.mark.parametrize("shape", [(50, 70, 3), (1, 1, 3), (4, 4000, 3), (61, 40)])
+def test_the_lines_of_the_readme_take_a_picture_of_any_size(tmp_path, monkeypatch, capsys, file, weights_file, known, shape):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    (lines,) = (block for block in blocks if file in block)
+    assert len([line for line in lines.splitlines() if line]) == 5
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, shape, np.uint8)).save(tmp_path / file)
+    (tmp_path / "book").symlink_to(ROOT / "book")
+    monkeypatch.chdir(tmp_path)
+    room = {}
+    exec(lines, room)
+    assert capsys.readouterr().out.startswith("[") and known in room["classes"]
+    if "mask" in room:
+        assert room["mask"].shape == room["image"].shape[1:] and room["mask"].max() < 11

@@ -140,5 +140,5 @@ def test_the_difference_of_the_modules_is_counted():
 
 def test_the_code_of_the_readme_runs():
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
-    assert len(blocks) == 2
-    exec(blocks[0], {})  # the other one needs a trained model: test_train.py runs it
+    assert len(blocks) == 4
+    exec(blocks[0], {})  # the others need trained models: test_train.py and test_dense.py run them

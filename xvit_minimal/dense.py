@@ -1,6 +1,6 @@
 """Dense prediction: an X-ViT's tokens as a pyramid of feature maps, and on it a segmentation head and a detector.
 
-Shapes: B the batch, C the width of the body, c that of the pyramid, (H, W) an image's size in pixels, K the classes. A map of
+Shapes: B the batch, C the width of the body, c that of the pyramid, (H, W) an image's size in pixels, J the classes. A map of
 stride s holds one vector for each s x s pixels. Images may have any size. The pyramid and the detector are torchvision's.
 """
 
@@ -74,23 +74,23 @@ class SemanticFPN(nn.Module):
         levels = self.backbone(x).values()
         total = sum(branch(level) for branch, level in zip(self.branches, levels))  # (B, c, h, w) of the first level
         logits = F.interpolate(self.head(total), scale_factor=self.backbone.strides[0], mode="bilinear")
-        return logits[:, :, : x.shape[2], : x.shape[3]]  # (B, K, H, W): what was padded is cut off
+        return logits[:, :, : x.shape[2], : x.shape[3]]  # (B, J, H, W): what was padded is cut off
 
 
 def segmentation_loss(logits, masks):
-    """Cross-entropy, the mean over the pixels that have a class: logits (B, K, H, W), masks (B, H, W) of integers -> ().
+    """Cross-entropy, the mean over the pixels that have a class: logits (B, J, H, W), masks (B, H, W) of integers -> ().
 
     A pixel of value VOID counts nowhere; without any other, the loss is 0. In float32.
     Raises ValueError for masks of another size than the logits', or with a class that the logits do not have.
     """
-    B, K, H, W = logits.shape
+    B, J, H, W = logits.shape
     if masks.shape != (B, H, W):
         raise ValueError(f"got masks {tuple(masks.shape)} for logits {tuple(logits.shape)}, expected {(B, H, W)}: resize "
                          "masks with their images, by the nearest pixel")
     masks = masks.long()
     valid = masks != VOID  # (B, H, W)
-    if (wrong := masks[valid & ((masks < 0) | (masks >= K))]).numel():
-        raise ValueError(f"got a class {wrong[0].item()} in a mask, expected 0 to {K - 1}, or {VOID} for void: correct the mask")
+    if (wrong := masks[valid & ((masks < 0) | (masks >= J))]).numel():
+        raise ValueError(f"got a class {wrong[0].item()} in a mask, expected 0 to {J - 1}, or {VOID} for void: correct the mask")
     total = F.cross_entropy(logits.float(), masks, ignore_index=VOID, reduction="sum")
     return total / valid.sum().clamp(min=1)
 

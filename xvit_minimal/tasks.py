@@ -74,7 +74,7 @@ class Segmentation:
         pairs = [self.augment.with_mask(images.images[i], images.masks[i]) for i in index.tolist()]
         x, masks = (torch.stack(part).to(device) for part in zip(*pairs))  # (B, 3, H, W), (B, H, W)
         with torch.autocast(device.type, torch.bfloat16, enabled=self.config.amp):
-            logits = net(data.normalize(x))  # (B, K, H, W)
+            logits = net(data.normalize(x))  # (B, J, H, W)
         return segmentation_loss(logits, masks)
 
     @staticmethod
@@ -84,14 +84,14 @@ class Segmentation:
         prediction holds anywhere has no IoU, and is left out. Counted by torchmetrics."""
         from torchmetrics.classification import MulticlassConfusionMatrix  # not needed for classification
 
-        device, K = next(model.parameters()).device, len(images.classes)
-        counts = MulticlassConfusionMatrix(K, ignore_index=VOID).to(device)
+        device, J = next(model.parameters()).device, len(images.classes)
+        counts = MulticlassConfusionMatrix(J, ignore_index=VOID).to(device)
         for index, logits in _outputs(model, images, amp, batch_size):
             counts.update(logits.argmax(1), images.masks[index].to(device).long())
-        table = counts.compute().cpu().double()  # (K, K) pixels: truth, prediction
+        table = counts.compute().cpu().double()  # (J, J) pixels: truth, prediction
         if not table.sum():
             raise ValueError(f"no pixel of the {len(images)} test pictures of {images.name} has a class: label some")
-        both, either = table.diag(), table.sum(0) + table.sum(1) - table.diag()  # (K,), (K,)
+        both, either = table.diag(), table.sum(0) + table.sum(1) - table.diag()  # (J,), (J,)
         iou = {f"iou_{name}": (a / b).item() for name, a, b in zip(images.classes, both, either) if b > 0}
         return {"miou": sum(iou.values()) / len(iou), "accuracy": (both.sum() / table.sum()).item(), **iou}
 
@@ -137,7 +137,7 @@ class Detection:
     def precision(cls, model, images):
         """{class: [101 numbers]}: the best precision at an overlap of 0.5 for a recall of at least 0, 0.01, ..., 1."""
         scores = cls._counts(model, images, False, extended_summary=True)
-        curves = scores["precision"][0, :, :, 0, -1]  # (101, K), at 0.5, all sizes of box, 100 boxes a picture
+        curves = scores["precision"][0, :, :, 0, -1]  # (101, J), at 0.5, all sizes of box, 100 boxes a picture
         kinds = scores["classes"].reshape(-1).tolist()
         return {images.classes[k]: curves[:, n].tolist() for n, k in enumerate(kinds) if curves[0, n] >= 0}
 
