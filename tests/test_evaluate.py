@@ -12,7 +12,7 @@ from test_book import ROOT
 
 from xvit_minimal import data, train
 from xvit_minimal.recipe import recipe
-from xvit_minimal.tasks import Classification
+from xvit_minimal.tasks import TASKS, Classification
 
 sys.path.insert(0, str(ROOT / "book"))
 import evaluate  # noqa: E402
@@ -124,3 +124,22 @@ def test_shipped_weights_lead_to_their_records(path):
     assert sum(p.numel() for p in model.parameters()) == mine[0]["parameters"]
     same = [row for row in evaluated if row["copy"] in mine[0]["data"]["copy"]]
     assert any(abs(row[score := row.get("score", "top1")] - mine[0]["results"][0][f"test_{score}"]) < 0.005 for row in same)
+
+
+@pytest.mark.parametrize("task", ["segmentation", "detection"])
+def test_a_dense_task_gets_its_own_scores(task, tmp_path, monkeypatch):
+    images = TASKS[task].load(recipe("shapes", task, size=32, limit=8), "train", 8)
+    monkeypatch.setattr(evaluate, "ROOT", tmp_path)
+    monkeypatch.setattr(TASKS[task], "load", staticmethod(lambda config, split, limit: images))
+    train.train(recipe("shapes", task, out=str(tmp_path / "run"), dim=16, depth=1, num_heads=2, epochs=1, batch_size=8,
+                       pyramid=16, device="cpu"))
+    evaluate.main([str(tmp_path / "run/weights.safetensors"), "--data", "shapes", "--mistakes", "1", "--ship",
+                   str(tmp_path / "half.safetensors"), "--out", "some"])
+    (row,) = json.loads((tmp_path / "book/runs/evaluate/some.json").read_text())["results"]
+    model, classes = train.load_model(tmp_path / "half.safetensors")
+    expected = TASKS[task].evaluate(model, images)
+    assert {key: row[key] for key in expected} == pytest.approx(expected) and row["score"] == TASKS[task].score
+    assert row["images"] == 8 and ("precision" in row) == (task == "detection")
+    if task == "detection":
+        assert all(len(curve) == 101 and kind in classes for kind, curve in row["precision"].items())
+        assert sum(sum(c) for c in row["precision"].values()) / 101 / len(row["precision"]) == pytest.approx(row["map50"], abs=1e-5)
