@@ -48,7 +48,7 @@ def test_who_takes_too_long_gets_one_step_and_no_further_size(tiny, monkeypatch)
     rows = read()["results"]
     assert [r["height"] for r in rows if r["model"] == "softmax"] == [32] and [r["height"] for r in rows if r["model"] == "xca"] == [32, 65]
     (row,) = (r for r in rows if r["model"] == "softmax")
-    assert row["seconds"] is None and row["first_seconds"] == 99 and "more than 60" in row["reason"]
+    assert row["seconds"] is None and row["first_seconds"] == 99 and "more than 30" in row["reason"]
 
 
 def test_who_runs_out_of_memory_is_named(tiny, monkeypatch):
