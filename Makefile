@@ -1,11 +1,11 @@
-# make book | test | train | bench | notebooks: each sets up what it needs by itself, in .venv, and a second call reuses it.
+# make book | test | lint | train | bench | notebooks: each sets up what it needs by itself, in .venv, and a second call reuses it.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 SITE := _build/html
 
-.PHONY: book test train bench notebooks clean
+.PHONY: book test lint train bench notebooks clean
 .DELETE_ON_ERROR:
 
 book: $(INSTALLED)  ## build the rendered book from the stored outputs, warnings are errors
@@ -17,17 +17,21 @@ book: $(INSTALLED)  ## build the rendered book from the stored outputs, warnings
 test: $(INSTALLED)  ## run every notebook, comparing its outputs, and the tests of the package and of the book
 	$(BIN)/python -m pytest --nbval --nbval-current-env --nbval-cell-timeout=300
 
+lint: $(INSTALLED)  ## formatting and lint, in place where ruff can: make lint FIX=1
+	$(BIN)/ruff format $(if $(FIX),,--check) .
+	$(BIN)/ruff check $(if $(FIX),--fix,) .
+
 train: $(INSTALLED)  ## train a small model on drawn shapes, about a minute; more with python -m xvit_minimal.train --help
 	$(BIN)/python -m xvit_minimal.train
 
 bench: $(INSTALLED)  ## time the attention against PyTorch's, whole models and dense steps, and write book/runs/bench/
-	$(BIN)/python book/bench.py
-	$(BIN)/python book/bench_models.py
-	$(BIN)/python book/bench_dense.py
+	$(BIN)/python book/tools/bench.py
+	$(BIN)/python book/tools/bench_models.py
+	$(BIN)/python book/tools/bench_dense.py
 
 notebooks: $(INSTALLED)  ## bring the chapters in line with the package and the records, and run them
-	$(BIN)/python book/results.py
-	$(BIN)/python book/sync.py
+	$(BIN)/python book/tools/results.py
+	$(BIN)/python book/tools/sync.py
 
 $(INSTALLED): requirements.txt constraints.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \

@@ -13,23 +13,39 @@ except ModuleNotFoundError:
     collect_ignore = ["test_book.py", "test_results.py", "test_site.py", "test_sync.py"]
 
 CONFIG = "repository:\n  url: https://github.com/-nobody/tiny\n  branch: v1\n"
-TOC = ("format: jb-book\nroot: book/index\nparts:\n  - caption: One\n    chapters:\n"
-       "      - file: book/part1/01_double\n      - file: book/references\n")
+TOC = (
+    "format: jb-book\nroot: book/index\nparts:\n  - caption: One\n    chapters:\n"
+    "      - file: book/part1/01_double\n      - file: book/references\n"
+)
 SETUP = '# Set-up\nPACKAGE = "git+https://github.com/OWNER/REPOSITORY@REF"'
-PACKAGE = ('"""Tiny."""\n\nimport torch\n\n\ndef double(x):\n    """Twice x."""\n    return _times(x, 2)\n\n\n'
-           "def _times(x, n):\n    return n * torch.as_tensor(x)\n")
+PACKAGE = (
+    '"""Tiny."""\n\nimport torch\n\n\ndef double(x):\n    """Twice x."""\n    return _times(x, 2)\n\n\n'
+    "def _times(x, n):\n    return n * torch.as_tensor(x)\n"
+)
 BIB = "@article{vaswani2017,\n  title = {Attention},\n  eprint = {1706.03762},\n}\n"
 RECORD = {
-    "kind": "train", "command": "python -m xvit_minimal.train", "config": {"depth": 1}, "seed": 0, "commit": "0123abcd",
-    "started": "2026-01-02T03:04:05+00:00", "wall_seconds": 1.5, "versions": {"python": "3.12.1", "torch": "2.11.0"},
-    "hardware": {"cpu": "some", "cores": 2, "gpu": None, "driver": None}, "results": [{"accuracy": 0.5}],
-    "data": {"name": "shapes", "copy": "generated", "splits": {"train": 10, "test": 10}}, "epochs": [{"loss": 1.0}],
-    "parameters": 10, "multiply_adds": 10, "peak_memory_bytes": 10,
+    "kind": "train",
+    "command": "python -m xvit_minimal.train",
+    "config": {"depth": 1},
+    "seed": 0,
+    "commit": "0123abcd",
+    "started": "2026-01-02T03:04:05+00:00",
+    "wall_seconds": 1.5,
+    "versions": {"python": "3.12.1", "torch": "2.11.0"},
+    "hardware": {"cpu": "some", "cores": 2, "gpu": None, "driver": None},
+    "results": [{"accuracy": 0.5}],
+    "data": {"name": "shapes", "copy": "generated", "splits": {"train": 10, "test": 10}},
+    "epochs": [{"loss": 1.0}],
+    "parameters": 10,
+    "multiply_adds": 10,
+    "peak_memory_bytes": 10,
 }
 
 
 def pytest_addoption(parser):
-    parser.addoption("--site", type=Path, default=None, help="the built book (_build/html), to be tested as well")
+    parser.addoption(
+        "--site", type=Path, default=None, help="the built book (_build/html), to be tested as well"
+    )
 
 
 @pytest.fixture
@@ -37,29 +53,50 @@ def site(request):
     folder = request.config.getoption("--site")
     if folder is None:
         pytest.skip("give --site _build/html, as make book does")
-    assert folder.is_dir(), f"--site {folder} is not a folder: run make book, which builds the site and then tests it"
+    assert folder.is_dir(), (
+        f"--site {folder} is not a folder: run make book, which builds the site and then tests it"
+    )
     return folder.resolve()
 
 
 def tiny_chapter(setup):
     md, code = new_markdown_cell, new_code_cell
-    image = new_output("display_data", data={"image/png": "iVBORw0KGgo=", "text/plain": "<Figure size 1x1>"})
+    image = new_output(
+        "display_data", data={"image/png": "iVBORw0KGgo=", "text/plain": "<Figure size 1x1>"}
+    )
     cells = [
         md("# 1. Double\n\nAfter this chapter you can double a number."),
         code(setup, metadata={"tags": ["hide-cell", "nbval-ignore-output", "setup"]}),
-        md("## Multiply by two\n\nBelow, $x$ is any number. See https://arxiv.org/abs/1706.03762.\n\n"
-           "$$ 2x = x + x $$ (eq-double)\n\nThe code `f{x}` shows (eq-double)."),
-        code("# check: eq-double\nimport torch\nx = torch.randn(5, dtype=torch.float64)\n"
-             "assert ((2 * x) - (x + x)).abs().max() < 1e-14"),
-        code("plt.plot([1, 2])\nplt.show()", outputs=[image],
-             metadata={"mystnb": {"image": {"alt": "A blue line rises to 2."}}}),
+        md(
+            "## Multiply by two\n\nBelow, $x$ is any number. See https://arxiv.org/abs/1706.03762.\n\n"
+            "$$ 2x = x + x $$ (eq-double)\n\nThe code `f{x}` shows (eq-double)."
+        ),
+        code(
+            "# check: eq-double\nimport torch\nx = torch.randn(5, dtype=torch.float64)\n"
+            "assert ((2 * x) - (x + x)).abs().max() < 1e-14"
+        ),
+        code(
+            "plt.plot([1, 2])\nplt.show()",
+            outputs=[image],
+            metadata={"mystnb": {"image": {"alt": "A blue line rises to 2."}}},
+        ),
         md("## What the package gained"),
-        code('# xvit_minimal/attention.py\ndef double(x):\n    """Twice x."""\n    return _times(x, 2)'),
+        code(
+            '# xvit_minimal/attention.py\ndef double(x):\n    """Twice x."""\n    return _times(x, 2)'
+        ),
         code("print(double(2))", outputs=[new_output("stream", name="stdout", text="4\n")]),
         md("## Summary\n\n- Doubling is adding.\n\n## Exercises"),
-        *[cell for k in (1, 2, 3) for cell in (
-            md(f"**Exercise {k}.** Double {k}."),
-            code(f"# Solution {k}\nassert double({k}) == {2 * k}", metadata={"tags": ["hide-cell"]}))],
+        *[
+            cell
+            for k in (1, 2, 3)
+            for cell in (
+                md(f"**Exercise {k}.** Double {k}."),
+                code(
+                    f"# Solution {k}\nassert double({k}) == {2 * k}",
+                    metadata={"tags": ["hide-cell"]},
+                ),
+            )
+        ],
         md("## Sources\n\n- [Vaswani et al.](https://arxiv.org/abs/1706.03762)"),
     ]
     for count, cell in enumerate((c for c in cells if c.cell_type == "code"), start=1):
@@ -72,16 +109,23 @@ def tree(tmp_path):
     """A repository with a package of one definition and a book of one chapter, none of them with a fault."""
     root = tmp_path / "tree"
     files = {
-        "_config.yml": CONFIG, "_toc.yml": TOC, "book/setup_cell.py": SETUP + "\n", "book/references.bib": BIB,
-        "book/index.md": "# Tiny\n\n![A cat](cat.png)\n", "book/references.md": "# References\n\n{cite}`vaswani2017`\n",
+        "_config.yml": CONFIG,
+        "_toc.yml": TOC,
+        "book/tools/setup_cell.py": SETUP + "\n",
+        "book/references.bib": BIB,
+        "book/index.md": "# Tiny\n\n![A cat](cat.png)\n",
+        "book/references.md": "# References\n\n{cite}`vaswani2017`\n",
         "xvit_minimal/__init__.py": 'from .attention import double\n\n__all__ = ["double"]\n',
-        "xvit_minimal/attention.py": PACKAGE, "book/runs/one.json": json.dumps(RECORD),
+        "xvit_minimal/attention.py": PACKAGE,
+        "book/runs/one.json": json.dumps(RECORD),
     }
     for name, text in files.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text(text, encoding="utf-8")
     (root / "book/part1").mkdir()
-    setup = SETUP.replace("https://github.com/OWNER/REPOSITORY@REF", "https://github.com/-nobody/tiny@v1")
+    setup = SETUP.replace(
+        "https://github.com/OWNER/REPOSITORY@REF", "https://github.com/-nobody/tiny@v1"
+    )
     nbformat.write(tiny_chapter(setup), root / "book/part1/01_double.ipynb")
     return root
 

@@ -19,9 +19,13 @@ def loop_xnorm_attention(q, k, v, gamma_q=1.0, gamma_kv=1.0):
     d, width = k.shape[-1], v.shape[-1]
     columns = []
     for e in range(width):
-        column = [(k[..., c] * v[..., e]).sum(-1) for c in range(d)]  # d entries of one column of KᵀV
+        column = [
+            (k[..., c] * v[..., e]).sum(-1) for c in range(d)
+        ]  # d entries of one column of KᵀV
         length = sum(entry**2 for entry in column).sqrt()
-        columns.append([torch.where(length > 0, gamma_kv * entry / length, 0.0) for entry in column])
+        columns.append(
+            [torch.where(length > 0, gamma_kv * entry / length, 0.0) for entry in column]
+        )
     length = sum(q[..., c] ** 2 for c in range(d)).sqrt()
     out = [sum(q[..., c] * columns[e][c][..., None] for c in range(d)) for e in range(width)]
     return torch.stack([torch.where(length > 0, gamma_q * o / length, 0.0) for o in out], dim=-1)
@@ -50,7 +54,9 @@ def test_xnorm_attention_equals_the_loops_in_every_precision(N, mean, std, dtype
     q, k, v = ((torch.randn(6, N, 8) * std + mean).to(dtype).requires_grad_() for _ in range(3))
     out = xnorm_attention(q, k, v)
     assert out.dtype == dtype and out.isfinite().all()
-    assert relative(out, loop_xnorm_attention(q.detach(), k.detach(), v.detach())) < TOLERANCE[dtype]
+    assert (
+        relative(out, loop_xnorm_attention(q.detach(), k.detach(), v.detach())) < TOLERANCE[dtype]
+    )
     for upstream in (torch.ones_like(out), torch.randn_like(out)):
         for gradient in torch.autograd.grad(out, (q, k, v), upstream, retain_graph=True):
             assert gradient.isfinite().all()
@@ -73,12 +79,16 @@ def test_float16_bears_a_long_query_and_a_loud_channel():
     q[:, 1::2] *= 1e-3
     v[..., 3] *= 10_000
     q, k, v = q.half(), k.half(), v.half()
-    assert relative(xnorm_attention(q, k, v), loop_xnorm_attention(q, k, v)) < TOLERANCE[torch.float16]
+    assert (
+        relative(xnorm_attention(q, k, v), loop_xnorm_attention(q, k, v)) < TOLERANCE[torch.float16]
+    )
 
 
 def test_gradients_are_the_numerical_ones():
     inputs = [torch.randn(2, 5, 3, dtype=torch.float64, requires_grad=True) for _ in range(3)]
-    gammas = [torch.tensor([[[1.5]], [[-0.5]]], dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    gammas = [
+        torch.tensor([[[1.5]], [[-0.5]]], dtype=torch.float64, requires_grad=True) for _ in range(2)
+    ]
     assert torch.autograd.gradcheck(xnorm_attention, (*inputs, *gammas))
 
 
@@ -92,7 +102,9 @@ def test_every_column_of_the_normalized_kv_has_length_gamma():
     unit_queries = torch.eye(8, dtype=torch.float64)  # they read out the rows of the normalized KᵀV
     for gamma in (1.0, -2.5):
         kv_hat = xnorm_attention(unit_queries, k, v, gamma_kv=gamma)  # (8, 6)
-        torch.testing.assert_close(kv_hat.norm(dim=-2), torch.full((6,), abs(gamma), dtype=torch.float64))
+        torch.testing.assert_close(
+            kv_hat.norm(dim=-2), torch.full((6,), abs(gamma), dtype=torch.float64)
+        )
         assert (kv_hat.norm(dim=-1) - abs(gamma)).abs().max() > 0.01  # the other axis is told apart
 
 
@@ -129,7 +141,9 @@ def test_xnorm_gives_vectors_the_length_gamma():
         lengths = torch.linalg.vector_norm(xnorm(x, gamma=3.0, dim=dim), dim=dim)
         torch.testing.assert_close(lengths, torch.full_like(lengths, 3.0))
     assert xnorm(torch.tensor([1e-6, 0.0]), eps=1e-3).tolist() == [0.0, 0.0]
-    long = torch.full((1, 1024), 1000.0, dtype=torch.float16)  # its length, 32,000, fits; its sum of squares does not
+    long = torch.full(
+        (1, 1024), 1000.0, dtype=torch.float16
+    )  # its length, 32,000, fits; its sum of squares does not
     torch.testing.assert_close(xnorm(long), torch.full_like(long, 1 / 32))
 
 
@@ -184,7 +198,12 @@ def test_a_module_equals_its_heads_one_by_one(module):
 
 
 def test_state_dict_keys_are_those_of_timm():
-    assert list(SoftmaxAttention(8, 2, qkv_bias=True).state_dict()) == ["qkv.weight", "qkv.bias", "proj.weight", "proj.bias"]
+    assert list(SoftmaxAttention(8, 2, qkv_bias=True).state_dict()) == [
+        "qkv.weight",
+        "qkv.bias",
+        "proj.weight",
+        "proj.bias",
+    ]
     extra = XNormAttention(8, 2).load_state_dict(SoftmaxAttention(8, 2).state_dict(), strict=False)
     assert extra.missing_keys == ["gamma_q", "gamma_kv"] and not extra.unexpected_keys
     layer = XNormAttention(8, 2)
@@ -193,10 +212,19 @@ def test_state_dict_keys_are_those_of_timm():
 
 
 def test_weights_of_torch_multihead_attention_move_over():
-    theirs, ours = nn.MultiheadAttention(12, 3, batch_first=True), SoftmaxAttention(12, 3, qkv_bias=True)
+    theirs, ours = (
+        nn.MultiheadAttention(12, 3, batch_first=True),
+        SoftmaxAttention(12, 3, qkv_bias=True),
+    )
     state = theirs.state_dict()
-    ours.load_state_dict({"qkv.weight": state["in_proj_weight"], "qkv.bias": state["in_proj_bias"],
-                          "proj.weight": state["out_proj.weight"], "proj.bias": state["out_proj.bias"]})
+    ours.load_state_dict(
+        {
+            "qkv.weight": state["in_proj_weight"],
+            "qkv.bias": state["in_proj_bias"],
+            "proj.weight": state["out_proj.weight"],
+            "proj.bias": state["out_proj.bias"],
+        }
+    )
     x, mask = torch.randn(2, 6, 12), torch.zeros(2, 6, dtype=torch.bool)
     mask[0, 4:] = True
     expected = theirs(x, x, x, key_padding_mask=mask, need_weights=False)[0]
@@ -208,8 +236,12 @@ def test_invariances():
     out = xnorm_attention(q, k, v)
     same = torch.testing.assert_close
     same(xnorm_attention(q * 7, k * 0.01, v * 300), out)
-    same(xnorm_attention(q * torch.rand(3, 20, 1).double().add(0.1), k, v), out)  # each query on its own
-    same(xnorm_attention(q, k, v * torch.rand(3, 1, 6).double().add(0.1)), out)  # each value channel on its own
+    same(
+        xnorm_attention(q * torch.rand(3, 20, 1).double().add(0.1), k, v), out
+    )  # each query on its own
+    same(
+        xnorm_attention(q, k, v * torch.rand(3, 1, 6).double().add(0.1)), out
+    )  # each value channel on its own
     same(xnorm_attention(q, k.repeat(1, 4, 1), v.repeat(1, 4, 1)), out)
     order = torch.randperm(20)
     same(xnorm_attention(q[:, order], k[:, order], v[:, order]), out[:, order])
@@ -221,7 +253,9 @@ def test_non_contiguous_inputs(function):
     fused = torch.randn(2, 9, 3, 4, 8)  # (B, N, 3, h, d), as a fused qkv layer gives it
     q, k, v = fused.permute(2, 0, 3, 1, 4).unbind(0)
     assert not q.is_contiguous()
-    torch.testing.assert_close(function(q, k, v), function(q.contiguous(), k.contiguous(), v.contiguous()))
+    torch.testing.assert_close(
+        function(q, k, v), function(q.contiguous(), k.contiguous(), v.contiguous())
+    )
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)
@@ -282,17 +316,28 @@ def t(*shape, dtype=torch.float32):
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)
-@pytest.mark.parametrize("arguments, mask, words", [
-    ((t(4), t(5, 4), t(5, 4)), None, ["(4,)", "(..., tokens, channels)", "None"]),
-    ((t(2, 3, 4), t(1, 5, 4), t(1, 5, 4)), None, ["(2, 3, 4)", "(1, 5, 4)", "same batch", "expand"]),
-    ((t(3, 4), t(5, 4), t(6, 4)), None, ["(5, 4)", "(6, 4)", "as many tokens"]),
-    ((t(3, 4), t(5, 8), t(5, 4)), None, ["(3, 4)", "(5, 8)", "as many channels"]),
-    ((t(3, 4, dtype=torch.int64), t(5, 4, dtype=torch.int64), t(5, 4, dtype=torch.int64)), None, ["int64", "float32", ".to("]),
-    ((t(3, 4), t(5, 4).double(), t(5, 4)), None, ["float32", "float64", ".to("]),
-    ((t(3, 4), t(5, 4), t(5, 4)), t(5), ["float32", "torch.bool", "(5,)", "True where"]),
-    ((t(3, 4), t(5, 4), t(5, 4)), t(3, dtype=torch.bool), ["(3,)", "(5,)"]),
-    ((t(2, 3, 4), t(2, 5, 4), t(2, 5, 4)), t(5, dtype=torch.bool), ["(5,)", "(2, 5)"]),
-])
+@pytest.mark.parametrize(
+    "arguments, mask, words",
+    [
+        ((t(4), t(5, 4), t(5, 4)), None, ["(4,)", "(..., tokens, channels)", "None"]),
+        (
+            (t(2, 3, 4), t(1, 5, 4), t(1, 5, 4)),
+            None,
+            ["(2, 3, 4)", "(1, 5, 4)", "same batch", "expand"],
+        ),
+        ((t(3, 4), t(5, 4), t(6, 4)), None, ["(5, 4)", "(6, 4)", "as many tokens"]),
+        ((t(3, 4), t(5, 8), t(5, 4)), None, ["(3, 4)", "(5, 8)", "as many channels"]),
+        (
+            (t(3, 4, dtype=torch.int64), t(5, 4, dtype=torch.int64), t(5, 4, dtype=torch.int64)),
+            None,
+            ["int64", "float32", ".to("],
+        ),
+        ((t(3, 4), t(5, 4).double(), t(5, 4)), None, ["float32", "float64", ".to("]),
+        ((t(3, 4), t(5, 4), t(5, 4)), t(5), ["float32", "torch.bool", "(5,)", "True where"]),
+        ((t(3, 4), t(5, 4), t(5, 4)), t(3, dtype=torch.bool), ["(3,)", "(5,)"]),
+        ((t(2, 3, 4), t(2, 5, 4), t(2, 5, 4)), t(5, dtype=torch.bool), ["(5,)", "(2, 5)"]),
+    ],
+)
 def test_bad_input_to_a_function_says_what_and_what_to_do(function, arguments, mask, words):
     with pytest.raises(ValueError) as error:
         function(*arguments, key_padding_mask=mask)
@@ -317,7 +362,9 @@ def test_xnorm_refuses_integers_and_a_gamma_that_would_broadcast():
 @pytest.mark.parametrize("module", MODULES)
 def test_bad_input_to_a_module_says_what_and_what_to_do(module):
     for heads in (5, 0, -1):
-        with pytest.raises(ValueError, match=rf"dim=12 and num_heads={heads}, expected.*\[1, 2, 3, 4, 6, 12\]"):
+        with pytest.raises(
+            ValueError, match=rf"dim=12 and num_heads={heads}, expected.*\[1, 2, 3, 4, 6, 12\]"
+        ):
             module(12, num_heads=heads)
     layer = module(12, num_heads=3)
     with pytest.raises(ValueError, match=r"\(2, 12, 4, 4\).*\(batch, tokens, 12\).*flatten"):

@@ -8,8 +8,17 @@ import torch
 from torch import nn
 
 from xvit_minimal import XViT, baselines, xnorm_attention
-from xvit_minimal.baselines import (ATTENTIONS, VARIANTS, XCA, EfficientAttention, LinearAttention, NoMixing, SimA,
-                                    UnnormalizedAttention, _XNormVariant)
+from xvit_minimal.baselines import (
+    ATTENTIONS,
+    VARIANTS,
+    XCA,
+    EfficientAttention,
+    LinearAttention,
+    NoMixing,
+    SimA,
+    UnnormalizedAttention,
+    _XNormVariant,
+)
 
 ALL = ATTENTIONS | VARIANTS
 BASELINES = [XCA, LinearAttention, EfficientAttention, SimA, UnnormalizedAttention, NoMixing]
@@ -30,13 +39,20 @@ def linear_weights(q, k, n):
 def efficient_weights(q, k, n):
     d = q.shape[1]
     query = [q[n, c].exp() / sum(q[n, j].exp() for j in range(d)) for c in range(d)]
-    keys = [[k[m, c].exp() / sum(k[j, c].exp() for j in range(len(k))) for c in range(d)] for m in range(len(k))]
+    keys = [
+        [k[m, c].exp() / sum(k[j, c].exp() for j in range(len(k))) for c in range(d)]
+        for m in range(len(k))
+    ]
     return [sum(a * b for a, b in zip(query, key)) for key in keys]
 
 
 def sima_weights(q, k, n):
-    return [sum(q[n, c] / q[:, c].abs().sum() * k[m, c] / k[:, c].abs().sum() for c in range(q.shape[1]))
-            for m in range(len(k))]
+    return [
+        sum(
+            q[n, c] / q[:, c].abs().sum() * k[m, c] / k[:, c].abs().sum() for c in range(q.shape[1])
+        )
+        for m in range(len(k))
+    ]
 
 
 def unnormalized_weights(q, k, n):
@@ -47,8 +63,13 @@ def no_weights(q, k, n):
     return [float(m == n) for m in range(len(k))]
 
 
-WEIGHTS = {LinearAttention: linear_weights, EfficientAttention: efficient_weights, SimA: sima_weights,
-           UnnormalizedAttention: unnormalized_weights, NoMixing: no_weights}
+WEIGHTS = {
+    LinearAttention: linear_weights,
+    EfficientAttention: efficient_weights,
+    SimA: sima_weights,
+    UnnormalizedAttention: unnormalized_weights,
+    NoMixing: no_weights,
+}
 
 
 def loop_xca(q, k, v, temperature):
@@ -56,7 +77,10 @@ def loop_xca(q, k, v, temperature):
     d = q.shape[1]
     channels = []  # each (N,)
     for i in range(d):
-        scores = [(temperature * (q[:, i] * k[:, j]).sum() / (q[:, i].norm() * k[:, j].norm())).exp() for j in range(d)]
+        scores = [
+            (temperature * (q[:, i] * k[:, j]).sum() / (q[:, i].norm() * k[:, j].norm())).exp()
+            for j in range(d)
+        ]
         channels.append(sum(score / sum(scores) * v[:, j] for j, score in enumerate(scores)))
     return torch.stack(channels, dim=1)
 
@@ -69,7 +93,9 @@ def loop_module(module, x):
     for b in range(B):
         for head in range(module.num_heads):
             rows = [slice(part * C + head * d, part * C + (head + 1) * d) for part in range(3)]
-            q, k, v = (x[b] @ module.qkv.weight[r].T + module.qkv.bias[r] for r in rows)  # each (N, d)
+            q, k, v = (
+                x[b] @ module.qkv.weight[r].T + module.qkv.bias[r] for r in rows
+            )  # each (N, d)
             columns = slice(head * d, (head + 1) * d)
             if isinstance(module, XCA):
                 out[b, :, columns] = loop_xca(q, k, v, module.temperature[head].item())
@@ -128,36 +154,57 @@ def test_xca_equals_timm_with_the_same_weights():
 
 
 def test_table_holds_every_attention_once():
-    defined = [c for name, c in vars(baselines).items() if inspect.isclass(c) and issubclass(c, nn.Module)
-               and not name.startswith("_")]
+    defined = [
+        c
+        for name, c in vars(baselines).items()
+        if inspect.isclass(c) and issubclass(c, nn.Module) and not name.startswith("_")
+    ]
     assert set(ALL.values()) == set(defined) and len(ATTENTIONS) + len(VARIANTS) == len(defined)
-    assert set(BASELINES) < set(defined) and all(issubclass(cls, _XNormVariant) for cls in VARIANTS.values())
+    assert set(BASELINES) < set(defined) and all(
+        issubclass(cls, _XNormVariant) for cls in VARIANTS.values()
+    )
 
 
 @pytest.mark.parametrize("name", ALL)
 def test_same_constructor_parameters_and_shapes(name):
     cls = ALL[name]
     assert list(inspect.signature(cls).parameters) == ["dim", "num_heads", "qkv_bias"]
-    assert cls(16).num_heads == 8 and cls(16).qkv.bias is None and cls(16, qkv_bias=True).qkv.bias.shape == (48,)
+    assert (
+        cls(16).num_heads == 8
+        and cls(16).qkv.bias is None
+        and cls(16, qkv_bias=True).qkv.bias.shape == (48,)
+    )
     shapes = {key: tuple(value.shape) for key, value in cls(12, 3).state_dict().items()}
     assert {key: shapes.pop(key) for key in ("qkv.weight", "proj.weight", "proj.bias")} == {
-        "qkv.weight": (36, 12), "proj.weight": (12, 12), "proj.bias": (12,)}
-    assert all(shape == (3, 1, 1) for shape in shapes.values())  # at most a few numbers per head come on top
+        "qkv.weight": (36, 12),
+        "proj.weight": (12, 12),
+        "proj.bias": (12,),
+    }
+    assert all(
+        shape == (3, 1, 1) for shape in shapes.values()
+    )  # at most a few numbers per head come on top
     for N in (1, 2, 17):
         assert cls(12, 3)(torch.randn(2, N, 12)).shape == (2, N, 12)
 
 
 @pytest.mark.parametrize("name", ALL)
 def test_errors_say_what_to_do(name):
-    with pytest.raises(ValueError, match=r"got dim=10 and num_heads=4.*may be one of \[1, 2, 5, 10\]"):
+    with pytest.raises(
+        ValueError, match=r"got dim=10 and num_heads=4.*may be one of \[1, 2, 5, 10\]"
+    ):
         ALL[name](10, 4)
-    with pytest.raises(ValueError, match=r"got x of shape \(2, 12, 4, 4\), expected \(batch, tokens, 12\): flatten"):
+    with pytest.raises(
+        ValueError, match=r"got x of shape \(2, 12, 4, 4\), expected \(batch, tokens, 12\): flatten"
+    ):
         ALL[name](12, 3)(torch.randn(2, 12, 4, 4))
 
 
 @pytest.mark.parametrize("name", ALL)
-@pytest.mark.parametrize("x", [torch.randn(2, 9, 12), torch.zeros(2, 9, 12), 1e4 * torch.randn(2, 9, 12)],
-                         ids=["normal", "zero", "large"])
+@pytest.mark.parametrize(
+    "x",
+    [torch.randn(2, 9, 12), torch.zeros(2, 9, 12), 1e4 * torch.randn(2, 9, 12)],
+    ids=["normal", "zero", "large"],
+)
 def test_outputs_and_gradients_are_finite(name, x):
     module, x = ALL[name](12, 3), x.clone().requires_grad_()
     out = module(x)
@@ -180,8 +227,16 @@ def test_images_of_a_batch_do_not_mix(name):
 
 @pytest.mark.parametrize("name", ALL)
 def test_trains_one_step_inside_the_model(name):
-    model = XViT(img_size=16, num_classes=3, dim=16, depth=2, num_heads=2, stem_stride=4, attention=ALL[name],
-                 class_depth=0)
+    model = XViT(
+        img_size=16,
+        num_classes=3,
+        dim=16,
+        depth=2,
+        num_heads=2,
+        stem_stride=4,
+        attention=ALL[name],
+        class_depth=0,
+    )
     before = [p.detach().clone() for p in learned(model)]
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     x, y = torch.randn(6, 3, 16, 16), torch.arange(6) % 3
@@ -216,11 +271,18 @@ def loop_variant(name, q, k, v, gamma_q, gamma_kv):
     elif name == "xnorm-q-only":
         kv = [[y / N for y in row] for row in kv]
     else:
-        kv = [list(row) for row in zip(*(unit([kv[c][j] for c in range(d)], **how) for j in range(d)))]
+        kv = [
+            list(row) for row in zip(*(unit([kv[c][j] for c in range(d)], **how) for j in range(d)))
+        ]
     rows = [list(row) if name == "xnorm-kv-only" else unit(list(row), **how) for row in q]
     second = gamma_q if name in ("xnorm-shared-gamma", "xnorm-random-gamma") else gamma_kv
-    return torch.tensor([[gamma_q * second * sum(row[c] * kv[c][j] for c in range(d)) for j in range(d)] for row in rows],
-                        dtype=torch.float64)
+    return torch.tensor(
+        [
+            [gamma_q * second * sum(row[c] * kv[c][j] for c in range(d)) for j in range(d)]
+            for row in rows
+        ],
+        dtype=torch.float64,
+    )
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -229,8 +291,15 @@ def test_variant_equals_loops(name):
     with torch.no_grad():
         out = module.mix(q, k, v)
         for head in range(3):
-            gammas = [getattr(module, g, module.gamma_q)[head].item() for g in ("gamma_q", "gamma_kv")]
-            assert relative(out[0, head], loop_variant(name, q[0, head], k[0, head], v[0, head], *gammas)) < 1e-12
+            gammas = [
+                getattr(module, g, module.gamma_q)[head].item() for g in ("gamma_q", "gamma_kv")
+            ]
+            assert (
+                relative(
+                    out[0, head], loop_variant(name, q[0, head], k[0, head], v[0, head], *gammas)
+                )
+                < 1e-12
+            )
 
 
 def test_variants_start_from_the_package_s_attention():
@@ -245,9 +314,18 @@ def test_variants_start_from_the_package_s_attention():
 
 def test_gammas_of_the_variants():
     fixed = VARIANTS["xnorm-fixed-gamma"](12, 3)
-    assert (fixed.gamma_q == 1).all() and (fixed.gamma_kv == 1).all() and not fixed.gamma_q.requires_grad
-    shared, drawn = VARIANTS["xnorm-shared-gamma"](12, 3), VARIANTS["xnorm-random-gamma"](4096, 1024)
-    assert (shared.gamma_q == 1).all() and [n for n, _ in shared.named_parameters() if "gamma" in n] == ["gamma_q"]
+    assert (
+        (fixed.gamma_q == 1).all()
+        and (fixed.gamma_kv == 1).all()
+        and not fixed.gamma_q.requires_grad
+    )
+    shared, drawn = (
+        VARIANTS["xnorm-shared-gamma"](12, 3),
+        VARIANTS["xnorm-random-gamma"](4096, 1024),
+    )
+    assert (shared.gamma_q == 1).all() and [
+        n for n, _ in shared.named_parameters() if "gamma" in n
+    ] == ["gamma_q"]
     assert abs(drawn.gamma_q.mean()) < 0.15 and abs(drawn.gamma_q.std() - 1) < 0.1
 
 
@@ -276,15 +354,39 @@ def test_weights_of_the_tokens_do_not_sum_to_one(cls):
 @pytest.mark.parametrize("cls", BASELINES)
 def test_every_token_sees_every_other_except_without_mixing(cls):
     q, k, v = (x.requires_grad_() for x in heads())
-    sees = torch.stack([torch.stack(torch.autograd.grad(row.sum(), (q, k, v), retain_graph=True, allow_unused=True,
-                                                        materialize_grads=True)).abs().sum((0, 1, 2, 4)) > 0
-                        for row in filled(cls, 15).mix(q, k, v)[0].unbind(1)])  # (N, N)
-    assert torch.equal(sees, torch.eye(11, dtype=torch.bool) if cls is NoMixing else torch.ones(11, 11).bool())
+    sees = torch.stack(
+        [
+            torch.stack(
+                torch.autograd.grad(
+                    row.sum(),
+                    (q, k, v),
+                    retain_graph=True,
+                    allow_unused=True,
+                    materialize_grads=True,
+                )
+            )
+            .abs()
+            .sum((0, 1, 2, 4))
+            > 0
+            for row in filled(cls, 15).mix(q, k, v)[0].unbind(1)
+        ]
+    )  # (N, N)
+    assert torch.equal(
+        sees, torch.eye(11, dtype=torch.bool) if cls is NoMixing else torch.ones(11, 11).bool()
+    )
 
 
 def test_no_mixing_leaves_a_class_token_blind():
-    model = XViT(img_size=16, num_classes=3, dim=16, depth=1, num_heads=2, stem_stride=4, attention=NoMixing,
-                 class_depth=1).eval()
+    model = XViT(
+        img_size=16,
+        num_classes=3,
+        dim=16,
+        depth=1,
+        num_heads=2,
+        stem_stride=4,
+        attention=NoMixing,
+        class_depth=1,
+    ).eval()
     assert torch.equal(model(torch.randn(1, 3, 16, 16)), model(torch.randn(1, 3, 16, 16)))
 
 
@@ -292,21 +394,31 @@ def test_no_mixing_leaves_a_class_token_blind():
 def test_only_sima_shrinks_when_all_tokens_are_repeated(cls):
     q, k, v = heads()
     module = cls(15, 3).double()
-    once, thrice = module.mix(q, k, v), module.mix(*(x.repeat(1, 1, 3, 1) for x in (q, k, v)))[..., :11, :]
+    once, thrice = (
+        module.mix(q, k, v),
+        module.mix(*(x.repeat(1, 1, 3, 1) for x in (q, k, v)))[..., :11, :],
+    )
     assert relative(thrice, once / 3 if cls is SimA else once) < 1e-12
 
 
 @pytest.mark.parametrize("cls", [XCA, SimA])
 def test_lengths_of_channels_are_discarded(cls):
     q, k, v = heads()
-    module, a, b = cls(15, 3).double(), torch.rand(1, 3, 1, 5).double() + 0.1, torch.rand(1, 3, 1, 5).double() + 0.1
+    module, a, b = (
+        cls(15, 3).double(),
+        torch.rand(1, 3, 1, 5).double() + 0.1,
+        torch.rand(1, 3, 1, 5).double() + 0.1,
+    )
     assert relative(module.mix(a * q, b * k, v), module.mix(q, k, v)) < 1e-12
 
 
 def test_efficient_attention_discards_the_mean_of_a_query_and_of_a_key_channel():
     q, k, v = heads()
     module = EfficientAttention(15, 3)
-    assert relative(module.mix(q + draw(1, 3, 11, 1), k + draw(1, 3, 1, 5), v), module.mix(q, k, v)) < 1e-12
+    assert (
+        relative(module.mix(q + draw(1, 3, 11, 1), k + draw(1, 3, 1, 5), v), module.mix(q, k, v))
+        < 1e-12
+    )
 
 
 def test_linear_attention_discards_the_length_of_a_mapped_query():
@@ -347,7 +459,11 @@ def test_float16_holds_for_short_sequences_and_for_long_ones_only_where_no_sum_g
         q, k, v = (torch.randn(1, 1, N, 16) + 1 for _ in range(3))
         exact = cls(16, 1).double().mix(q.double(), k.double(), v.double())
         error = relative(cls(16, 1).half().mix(q.half(), k.half(), v.half()), exact)
-        grows = cls in (LinearAttention, SimA, UnnormalizedAttention)  # infinity, or zeros where infinity divides
+        grows = cls in (
+            LinearAttention,
+            SimA,
+            UnnormalizedAttention,
+        )  # infinity, or zeros where infinity divides
         assert math.isnan(error) or error > 0.5 if grows and N == 65536 else error < 5e-3
 
 

@@ -10,7 +10,7 @@ pytest.importorskip("nbformat", reason="the tests of the book read notebooks: pi
 from test_book import ROOT  # noqa: E402
 from test_sync import problems_in_records  # noqa: E402
 
-sys.path.insert(0, str(ROOT / "book"))
+sys.path.insert(0, str(ROOT / "book/tools"))
 import bench  # noqa: E402
 import bench_dense  # noqa: E402
 
@@ -20,10 +20,14 @@ def tiny(tmp_path, monkeypatch):
     """Two sizes and a small body; returns the folder and what reads the record."""
     provenance = bench.provenance
     monkeypatch.setattr(bench_dense, "SIZES", {"cpu": [(32, 40), (65, 40)]})
-    monkeypatch.setattr(bench_dense, "BODY", {**bench_dense.BODY, "dim": 8, "depth": 1, "num_heads": 2})
+    monkeypatch.setattr(
+        bench_dense, "BODY", {**bench_dense.BODY, "dim": 8, "depth": 1, "num_heads": 2}
+    )
     monkeypatch.setattr(bench_dense, "ROUNDS", 2)
     monkeypatch.setattr(bench, "ROOT", tmp_path)
-    monkeypatch.setattr(bench, "provenance", lambda device: {**provenance(device), "commit": "0123abcd"})  # may be dirty
+    monkeypatch.setattr(
+        bench, "provenance", lambda device: {**provenance(device), "commit": "0123abcd"}
+    )  # may be dirty
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     return tmp_path, lambda: json.loads((tmp_path / "book/runs/bench/dense-cpu.json").read_text())
 
@@ -34,19 +38,30 @@ def test_the_record_holds_every_attention_at_every_size(tiny, capsys):
     assert not problems_in_records(folder)
     rows, printed = read()["results"], capsys.readouterr().out
     assert [(r["height"], r["tokens"], r["model"]) for r in rows] == [
-        (H, N, name) for H, N in ((32, 80), (65, 170)) for name in bench_dense.METHODS]
+        (H, N, name) for H, N in ((32, 80), (65, 170)) for name in bench_dense.METHODS
+    ]
     assert all(r["seconds"] > 0 and r["peak_bytes"] > 0 and "reason" not in r for r in rows)
-    assert all(r["ratio"] == r["ratio_min"] == r["ratio_max"] == 1 for r in rows if r["model"] == "xnorm")
-    assert len(printed.splitlines()) == 2 + len(rows) + 1 and set(read()["config"]["parameters"]) == set(bench_dense.METHODS)
+    assert all(
+        r["ratio"] == r["ratio_min"] == r["ratio_max"] == 1 for r in rows if r["model"] == "xnorm"
+    )
+    assert len(printed.splitlines()) == 2 + len(rows) + 1 and set(
+        read()["config"]["parameters"]
+    ) == set(bench_dense.METHODS)
 
 
 def test_who_takes_too_long_gets_one_step_and_no_further_size(tiny, monkeypatch):
     _, read = tiny
-    slow = lambda model, *_: 99.0 if type(model.backbone.body.blocks[0].attention.part).__name__ == "SoftmaxAttention" else 0.1  # noqa: E731
+    slow = lambda model, *_: (
+        99.0
+        if type(model.backbone.body.blocks[0].attention.part).__name__ == "SoftmaxAttention"
+        else 0.1
+    )  # noqa: E731
     monkeypatch.setattr(bench_dense, "seconds", slow)
     bench_dense.main([])
     rows = read()["results"]
-    assert [r["height"] for r in rows if r["model"] == "softmax"] == [32] and [r["height"] for r in rows if r["model"] == "xca"] == [32, 65]
+    assert [r["height"] for r in rows if r["model"] == "softmax"] == [32] and [
+        r["height"] for r in rows if r["model"] == "xca"
+    ] == [32, 65]
     (row,) = (r for r in rows if r["model"] == "softmax")
     assert row["seconds"] is None and row["first_seconds"] == 99 and "more than 30" in row["reason"]
 
@@ -72,4 +87,6 @@ def test_quick_records_nothing(tiny, capsys):
 def test_all_attentions_get_the_same_body():
     weights = [bench_dense.build(name, (16, 16)).state_dict() for name in ("xnorm", "softmax")]
     shared = [name for name in weights[1] if name in weights[0]]
-    assert len(shared) == len(weights[1]) and all(torch.equal(weights[0][n], weights[1][n]) for n in shared)
+    assert len(shared) == len(weights[1]) and all(
+        torch.equal(weights[0][n], weights[1][n]) for n in shared
+    )

@@ -12,15 +12,38 @@ pytest.importorskip("timm", reason="timm holds XCiT and DeiT: pip install timm")
 from test_book import ROOT  # noqa: E402
 from test_sync import problems_in_records  # noqa: E402
 
-sys.path.insert(0, str(ROOT / "book"))
+sys.path.insert(0, str(ROOT / "book/tools"))
 import bench  # noqa: E402
 import bench_models  # noqa: E402
+
 from xvit_minimal import XViT  # noqa: E402
 
 CPU = torch.device("cpu")
-ROW = {"model", "side", "tokens", "batch", "compiled", "dtype", "images_per_second", "images_per_second_min",
-       "images_per_second_max", "ratio", "ratio_min", "ratio_max", "peak_bytes", "parameters"}
-MEASURED = {"images_per_second", "images_per_second_min", "images_per_second_max", "ratio", "ratio_min", "ratio_max", "peak_bytes"}
+ROW = {
+    "model",
+    "side",
+    "tokens",
+    "batch",
+    "compiled",
+    "dtype",
+    "images_per_second",
+    "images_per_second_min",
+    "images_per_second_max",
+    "ratio",
+    "ratio_min",
+    "ratio_max",
+    "peak_bytes",
+    "parameters",
+}
+MEASURED = {
+    "images_per_second",
+    "images_per_second_min",
+    "images_per_second_max",
+    "ratio",
+    "ratio_min",
+    "ratio_max",
+    "peak_bytes",
+}
 
 
 class Small(XViT):
@@ -45,9 +68,15 @@ def tiny(tmp_path, monkeypatch):
     monkeypatch.setattr(bench_models, "BATCHES", {"cpu": {32: 2, 64: 1}})
     monkeypatch.setattr(bench_models, "ROUNDS", 2)
     monkeypatch.setattr(bench, "ROOT", tmp_path)
-    monkeypatch.setattr(bench, "provenance", lambda device: {**provenance(device), "commit": "0123abcd"})  # may be dirty
+    monkeypatch.setattr(
+        bench, "provenance", lambda device: {**provenance(device), "commit": "0123abcd"}
+    )  # may be dirty
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    return models, tmp_path, lambda: json.loads((tmp_path / "book/runs/bench/models-cpu.json").read_text())
+    return (
+        models,
+        tmp_path,
+        lambda: json.loads((tmp_path / "book/runs/bench/models-cpu.json").read_text()),
+    )
 
 
 def test_the_record_holds_every_model_at_every_size(tiny, capsys):
@@ -57,24 +86,43 @@ def test_the_record_holds_every_model_at_every_size(tiny, capsys):
     run, printed = read(), capsys.readouterr().out
     assert "timm" in run["versions"] and run["hardware"]["gpu"] is None
     assert [(r["side"], r["batch"], r["tokens"], r["model"]) for r in run["results"]] == [
-        (side, batch, tokens, name) for side, batch, tokens in ((32, 2, 4), (64, 1, 16)) for name in models]
+        (side, batch, tokens, name)
+        for side, batch, tokens in ((32, 2, 4), (64, 1, 16))
+        for name in models
+    ]
     for r in run["results"]:
         assert set(r) == ROW and r["dtype"] == "float32" and not r["compiled"]
-        assert 0 < r["images_per_second_min"] <= r["images_per_second"] <= r["images_per_second_max"]
+        assert (
+            0 < r["images_per_second_min"] <= r["images_per_second"] <= r["images_per_second_max"]
+        )
         assert r["ratio_min"] <= r["ratio"] <= r["ratio_max"]
         assert r["parameters"] == sum(p.numel() for p in models[r["model"]](r["side"]).parameters())
-        stem = r["batch"] * 2 * (r["side"] // 2) ** 2 * 4  # the first of its results, of 16 / 8 channels, is one that it holds
+        stem = (
+            r["batch"] * 2 * (r["side"] // 2) ** 2 * 4
+        )  # the first of its results, of 16 / 8 channels, is one that it holds
         assert r["peak_bytes"] >= stem
         assert r["ratio"] == 1 if r["model"] == bench_models.PEER else r["ratio"] > 0
         assert f"{r['images_per_second']:.1f}" in printed
 
 
 def test_a_ratio_is_taken_within_a_round(tiny, monkeypatch):
-    monkeypatch.setattr(bench_models, "in_turn", lambda functions, arguments, backward, rounds: {
-        "one": [1.0, 2.0, 6.0], bench_models.PEER: [2.0, 6.0, 6.0]})  # seconds of a call
+    monkeypatch.setattr(
+        bench_models,
+        "in_turn",
+        lambda functions, arguments, backward, rounds: {
+            "one": [1.0, 2.0, 6.0],
+            bench_models.PEER: [2.0, 6.0, 6.0],
+        },
+    )  # seconds of a call
     one, peer = bench_models.measure(32, 12, False, 3, CPU)
-    assert (one["images_per_second_min"], one["images_per_second"], one["images_per_second_max"]) == (2, 6, 12)
-    assert (one["ratio_min"], one["ratio"], one["ratio_max"]) == (1, 2, 3) and peer["ratio_max"] == 1
+    assert (
+        one["images_per_second_min"],
+        one["images_per_second"],
+        one["images_per_second_max"],
+    ) == (2, 6, 12)
+    assert (one["ratio_min"], one["ratio"], one["ratio_max"]) == (1, 2, 3) and peer[
+        "ratio_max"
+    ] == 1
 
 
 @pytest.mark.parametrize("name, others_ratio", [("one", 1), (bench_models.PEER, None)])
@@ -88,8 +136,15 @@ def test_a_model_without_memory_does_not_lose_the_rest(name, others_ratio, tiny,
     (failed,) = [r for r in large if r["model"] == name]
     (other,) = [r for r in large if r["model"] != name]
     assert {key for key, value in failed.items() if value is None} == MEASURED
-    assert failed["reason"] == f"{name} ran out of the GPU's memory" and failed["reason"] in capsys.readouterr().out
-    assert other["images_per_second"] > 0 and other["peak_bytes"] > 0 and other["ratio"] == others_ratio
+    assert (
+        failed["reason"] == f"{name} ran out of the GPU's memory"
+        and failed["reason"] in capsys.readouterr().out
+    )
+    assert (
+        other["images_per_second"] > 0
+        and other["peak_bytes"] > 0
+        and other["ratio"] == others_ratio
+    )
     assert other.get("reason") == (failed["reason"] if others_ratio is None else None)
 
 
@@ -112,14 +167,18 @@ def test_a_run_that_is_cut_short_has_recorded_what_it_did(tiny, monkeypatch):
 def test_quick_records_nothing(tiny, capsys):
     _, folder, _ = tiny
     bench_models.main(["--quick"])
-    assert f"{bench_models.PEER:>24} {32:>5}" in capsys.readouterr().out and not list(folder.rglob("*.json"))
+    assert f"{bench_models.PEER:>24} {32:>5}" in capsys.readouterr().out and not list(
+        folder.rglob("*.json")
+    )
 
 
 def test_compiled_models_are_the_ones_that_are_measured(tiny, monkeypatch):
     models, _, _ = tiny
     measured = []
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
-    monkeypatch.setattr(bench_models, "peak_bytes", lambda function, *rest: measured.append(function) or 1)
+    monkeypatch.setattr(
+        bench_models, "peak_bytes", lambda function, *rest: measured.append(function) or 1
+    )
     rows = bench_models.measure(32, 1, True, 1, CPU)
     assert [type(f).__name__ for f in measured] == ["OptimizedModule"] * len(models)
     assert all(r["compiled"] and r["images_per_second"] > 0 for r in rows)
@@ -130,4 +189,7 @@ def test_every_model_takes_every_size(name):
     assert set(bench_models.BATCHES["cpu"]) == set(bench_models.BATCHES["cuda"])
     for side in bench_models.BATCHES["cpu"]:
         with torch.device("meta"):  # shapes without numbers
-            assert bench_models.MODELS[name](side).eval()(torch.empty(1, 3, side, side)).shape == (1, 1000)
+            assert bench_models.MODELS[name](side).eval()(torch.empty(1, 3, side, side)).shape == (
+                1,
+                1000,
+            )

@@ -15,8 +15,9 @@ from torchvision import datasets
 
 from xvit_minimal import data
 from xvit_minimal.attention import XNormAttention
+from xvit_minimal.augment import Augment, flip, resized_crop, shift
 from xvit_minimal.baselines import NoMixing
-from xvit_minimal.data import KINDS, Augment, fit, flip, load, normalize, resized_crop, shapes, shift
+from xvit_minimal.data import KINDS, fit, load, normalize, shapes
 from xvit_minimal.model import XViT
 
 COLOURS = torch.tensor([(235, 110, 40), (50, 100, 240)])  # orange, blue
@@ -25,6 +26,7 @@ COLOURS = torch.tensor([(235, 110, 40), (50, 100, 240)])  # orange, blue
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch, tmp_path):
     """Every test runs in an empty folder, without XVIT_DATA, and any download fails as it does with the network off."""
+
     def refuse(*_, **__):
         raise urllib.error.URLError("the network is off")
 
@@ -60,13 +62,20 @@ def fake_cifar(root, monkeypatch, train=20, test=10):
         return hashlib.md5((folder / name).read_bytes()).hexdigest()
 
     def batch(n):
-        return {"data": np.arange(n * 3072, dtype=np.int64).reshape(n, 3072).astype(np.uint8),
-                "labels": [i % 10 for i in range(n)]}
+        return {
+            "data": np.arange(n * 3072, dtype=np.int64).reshape(n, 3072).astype(np.uint8),
+            "labels": [i % 10 for i in range(n)],
+        }
 
-    sums = {"train_list": [["data_batch_1", write("data_batch_1", batch(train))]],
-            "test_list": [["test_batch", write("test_batch", batch(test))]],
-            "meta": {"filename": "batches.meta", "key": "label_names",
-                     "md5": write("batches.meta", {"label_names": TEN})}}
+    sums = {
+        "train_list": [["data_batch_1", write("data_batch_1", batch(train))]],
+        "test_list": [["test_batch", write("test_batch", batch(test))]],
+        "meta": {
+            "filename": "batches.meta",
+            "key": "label_names",
+            "md5": write("batches.meta", {"label_names": TEN}),
+        },
+    }
     for key, value in sums.items():
         monkeypatch.setattr(datasets.CIFAR10, key, value)
     return folder
@@ -89,8 +98,11 @@ def test_order_is_xvit_data_then_root_then_download(tmp_path, monkeypatch):
     given, root = tmp_path / "given", tmp_path / "data"
     monkeypatch.setenv("XVIT_DATA", str(given))
     given.mkdir()
-    with pytest.raises(ValueError, match="cifar10 is not on this machine.*network is off.*cifar-10-batches-py.*"
-                                         "XVIT_DATA.*data/.*--data shapes"):
+    with pytest.raises(
+        ValueError,
+        match="cifar10 is not on this machine.*network is off.*cifar-10-batches-py.*"
+        "XVIT_DATA.*data/.*--data shapes",
+    ):
         load("cifar10")
     assert not any((tmp_path / "data").iterdir())  # nothing half-downloaded stays
     folders(root / "cifar10", TEN, colour=1)
@@ -111,7 +123,9 @@ def test_any_name_in_xvit_data(tmp_path, monkeypatch):
 
 def test_xvit_data_that_is_no_folder(monkeypatch):
     monkeypatch.setenv("XVIT_DATA", "nowhere")
-    with pytest.raises(ValueError, match="XVIT_DATA is 'nowhere', which is no folder: correct it or unset it"):
+    with pytest.raises(
+        ValueError, match="XVIT_DATA is 'nowhere', which is no folder: correct it or unset it"
+    ):
         load("cifar10")
     assert len(load("shapes", limit=4)) == 4  # generated: needs no folder
 
@@ -120,18 +134,30 @@ def test_xvit_data_that_is_no_folder(monkeypatch):
 def test_imagenette_in_class_folders_gets_readable_names(tmp_path, place):
     folders(tmp_path / "data" / place, sorted(data.WNIDS), each=1, parts=("train", "val"))
     images = load("imagenette", "test", size=8)
-    assert images.classes[0] == "tench" and images.classes[-1] == "parachute" and images.name == "imagenette"
+    assert (
+        images.classes[0] == "tench"
+        and images.classes[-1] == "parachute"
+        and images.name == "imagenette"
+    )
 
 
 def test_wnids_are_torchvisions():
-    assert data.WNIDS == {wnid: names[0] for wnid, names in datasets.Imagenette._WNID_TO_CLASS.items()}
+    assert data.WNIDS == {
+        wnid: names[0] for wnid, names in datasets.Imagenette._WNID_TO_CLASS.items()
+    }
 
 
 def test_torchvisions_layout(tmp_path, monkeypatch):
     fake_cifar(tmp_path / "data", monkeypatch)
     train, test = load("cifar10"), load("cifar10", "test")
-    assert (len(train), len(test)) == (20, 10) and train.classes == tuple(TEN) and train.name == "cifar10"
-    assert train.images.flatten()[:300].tolist() == [n % 256 for n in range(300)]  # channels first, row by row
+    assert (
+        (len(train), len(test)) == (20, 10)
+        and train.classes == tuple(TEN)
+        and train.name == "cifar10"
+    )
+    assert train.images.flatten()[:300].tolist() == [
+        n % 256 for n in range(300)
+    ]  # channels first, row by row
     assert train.copy.startswith("torchvision's cifar-10-batches-py, sha256 ")
     assert load("cifar10", size=16).images.shape == (20, 3, 16, 16)
     assert load("cifar10", limit=10).labels.tolist() == list(range(10))
@@ -141,7 +167,9 @@ def test_torchvisions_layout(tmp_path, monkeypatch):
 def test_torchvisions_layout_damaged(tmp_path, monkeypatch, file):
     folder = fake_cifar(tmp_path / "data", monkeypatch)
     (folder / file).write_bytes((folder / file).read_bytes()[:-5])
-    with pytest.raises(ValueError, match="cifar-10-batches-py: a file is missing or damaged.*delete the folder"):
+    with pytest.raises(
+        ValueError, match="cifar-10-batches-py: a file is missing or damaged.*delete the folder"
+    ):
         load("cifar10")
 
 
@@ -159,7 +187,9 @@ def test_no_pickle_is_opened_before_its_checksum(tmp_path, monkeypatch):
 
 
 def test_download_is_moved_into_place_when_complete(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.CIFAR10, "download", lambda self: fake_cifar(Path(self.root), monkeypatch))
+    monkeypatch.setattr(
+        datasets.CIFAR10, "download", lambda self: fake_cifar(Path(self.root), monkeypatch)
+    )
     assert len(load("cifar10")) == 20
     assert [p.name for p in (tmp_path / "data").iterdir()] == ["cifar-10-batches-py"]
 
@@ -194,15 +224,18 @@ def unreadable(root):
     (root / "train/dog/3.png").mkdir()
 
 
-@pytest.mark.parametrize("spoil, split, complaint", [
-    (empty_class, "train", "train.eel: got no image, expected files such as"),
-    (more_in_train, "train", r"got classes \['eel'\] in only one of train/ and test/"),
-    (more_in_train, "test", r"got classes \['eel'\] in only one of train/ and test/"),
-    (no_test, "test", "val: no such folder, expected train/CLASS/.* and test/CLASS"),
-    (truncated, "train", "dog.1.png: cannot be read as an image .*: replace the file"),
-    (text_as_image, "train", "dog.1.png: cannot be read as an image .*: replace the file"),
-    (unreadable, "train", "dog.3.png: cannot be read as an image .*: replace the file"),
-])
+@pytest.mark.parametrize(
+    "spoil, split, complaint",
+    [
+        (empty_class, "train", "train.eel: got no image, expected files such as"),
+        (more_in_train, "train", r"got classes \['eel'\] in only one of train/ and test/"),
+        (more_in_train, "test", r"got classes \['eel'\] in only one of train/ and test/"),
+        (no_test, "test", "val: no such folder, expected train/CLASS/.* and test/CLASS"),
+        (truncated, "train", "dog.1.png: cannot be read as an image .*: replace the file"),
+        (text_as_image, "train", "dog.1.png: cannot be read as an image .*: replace the file"),
+        (unreadable, "train", "dog.3.png: cannot be read as an image .*: replace the file"),
+    ],
+)
 def test_a_faulty_folder_is_refused(tmp_path, spoil, split, complaint):
     root = folders(tmp_path / "pets")
     spoil(root)
@@ -226,14 +259,26 @@ def test_a_known_set_with_the_wrong_number_of_classes(tmp_path):
         load("cifar10")
 
 
-@pytest.mark.parametrize("name, near", [("cifar", "cifar10"), ("CIFAR-10", "cifar10"), ("shape", "shapes"),
-                                        ("imagenet", "imagenette"), ("cifar-100", "cifar100")])
+@pytest.mark.parametrize(
+    "name, near",
+    [
+        ("cifar", "cifar10"),
+        ("CIFAR-10", "cifar10"),
+        ("shape", "shapes"),
+        ("imagenet", "imagenette"),
+        ("cifar-100", "cifar100"),
+    ],
+)
 def test_unknown_names_are_answered_with_the_nearest(name, near):
-    with pytest.raises(ValueError, match=f"got '{name}', expected one of cifar10, .* nearest name is '{near}'"):
+    with pytest.raises(
+        ValueError, match=f"got '{name}', expected one of cifar10, .* nearest name is '{near}'"
+    ):
         load(name)
 
 
-@pytest.mark.parametrize("arguments", [dict(split="val"), dict(size=0), dict(limit=0), dict(limit=-3)])
+@pytest.mark.parametrize(
+    "arguments", [dict(split="val"), dict(size=0), dict(limit=0), dict(limit=-3)]
+)
 def test_senseless_arguments(arguments):
     with pytest.raises(ValueError, match="give 'train' or 'test', positive numbers"):
         load("shapes", **arguments)
@@ -241,8 +286,15 @@ def test_senseless_arguments(arguments):
 
 def test_more_than_the_memory(tmp_path, monkeypatch):
     folders(tmp_path / "pets")
-    monkeypatch.setattr(data.os, "sysconf", lambda key: {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 10}[key], raising=False)
-    with pytest.raises(ValueError, match=r"6 images of 224 x 224 pixels need 0.0 GB.*lower size or limit"):
+    monkeypatch.setattr(
+        data.os,
+        "sysconf",
+        lambda key: {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 10}[key],
+        raising=False,
+    )
+    with pytest.raises(
+        ValueError, match=r"6 images of 224 x 224 pixels need 0.0 GB.*lower size or limit"
+    ):
         load(str(tmp_path / "pets"))
     with pytest.raises(ValueError, match="lower size or limit"):
         load("shapes")
@@ -256,7 +308,9 @@ def test_limit_takes_the_first_of_every_class(tmp_path):
     some = load(root, limit=5, size=4)  # two of each class: 5 // 2
     assert some.labels.tolist() == [0, 0, 1, 1] and some.images[:, 2, 0, 0].tolist() == [0, 1, 0, 1]
     assert len(load(root, limit=100, size=4)) == 10
-    with pytest.raises(ValueError, match="got limit=1, expected at least one image for each of the 2 classes"):
+    with pytest.raises(
+        ValueError, match="got limit=1, expected at least one image for each of the 2 classes"
+    ):
         load(root, limit=1)
 
 
@@ -273,7 +327,9 @@ def test_hidden_files_and_files_that_are_no_images_are_passed_over(tmp_path):
 def test_copy_names_the_files_and_follows_their_content(tmp_path):
     root = folders(tmp_path / "pets")
     before = load(str(root), size=4).copy
-    assert before.startswith("6 PNG files in class folders, sha256 ") and str(tmp_path) not in before
+    assert (
+        before.startswith("6 PNG files in class folders, sha256 ") and str(tmp_path) not in before
+    )
     assert load(str(root), size=8).copy == before
     picture(root / "train/cat/0.png", (9, 9, 9))
     assert load(str(root), size=4).copy != before
@@ -282,10 +338,18 @@ def test_copy_names_the_files_and_follows_their_content(tmp_path):
     assert load(str(root), size=4).copy.startswith("6 JPEG/PNG files")
 
 
-@pytest.mark.parametrize("mode, colour, expected", [
-    ("L", 77, (77, 77, 77)), ("RGBA", (10, 20, 30, 0), (255, 255, 255)), ("RGBA", (10, 20, 30, 255), (10, 20, 30)),
-    ("LA", (40, 0), (255, 255, 255)), ("P", 0, (0, 0, 0)), ("1", 1, (255, 255, 255)), ("RGB", (1, 2, 3), (1, 2, 3)),
-])
+@pytest.mark.parametrize(
+    "mode, colour, expected",
+    [
+        ("L", 77, (77, 77, 77)),
+        ("RGBA", (10, 20, 30, 0), (255, 255, 255)),
+        ("RGBA", (10, 20, 30, 255), (10, 20, 30)),
+        ("LA", (40, 0), (255, 255, 255)),
+        ("P", 0, (0, 0, 0)),
+        ("1", 1, (255, 255, 255)),
+        ("RGB", (1, 2, 3), (1, 2, 3)),
+    ],
+)
 def test_every_mode_of_a_file(tmp_path, mode, colour, expected):
     root = folders(tmp_path / "pets", each=1)
     Image.new(mode, (7, 5), colour).save(root / "train/cat/0.png")
@@ -317,26 +381,41 @@ def test_fit_keeps_the_centre_and_what_has_its_size():
     assert torch.equal(fit(image.mT, 4), image.mT[:, 1:5])
     grey = fit(image[:1], 4)
     assert torch.equal(grey[0], grey[1]) and torch.equal(grey[0], grey[2])
-    half = torch.tensor([100, 100, 100, 51], dtype=torch.uint8)[:, None, None]  # a fifth of 100 over white
+    half = torch.tensor([100, 100, 100, 51], dtype=torch.uint8)[
+        :, None, None
+    ]  # a fifth of 100 over white
     assert fit(half, 1).flatten().tolist() == [224, 224, 224]
 
 
-@pytest.mark.parametrize("image", [
-    torch.zeros(2, 4, 4, dtype=torch.uint8), torch.zeros(4, 4, dtype=torch.uint8), torch.zeros(3, 4, 4),
-    torch.zeros(3, 0, 4, dtype=torch.uint8), torch.zeros(1, 3, 4, 4, dtype=torch.uint8),
-])
+@pytest.mark.parametrize(
+    "image",
+    [
+        torch.zeros(2, 4, 4, dtype=torch.uint8),
+        torch.zeros(4, 4, dtype=torch.uint8),
+        torch.zeros(3, 4, 4),
+        torch.zeros(3, 0, 4, dtype=torch.uint8),
+        torch.zeros(1, 3, 4, 4, dtype=torch.uint8),
+    ],
+)
 def test_fit_refuses_what_is_no_picture(image):
-    with pytest.raises(ValueError, match=r"got an image torch.* expected torch.uint8 \(1, 3 or 4, H, W\)"):
+    with pytest.raises(
+        ValueError, match=r"got an image torch.* expected torch.uint8 \(1, 3 or 4, H, W\)"
+    ):
         fit(image, 4)
 
 
 def test_a_picture_that_cannot_be_read_is_named(tmp_path):
     pixels = torch.randint(256, (7, 5, 3), dtype=torch.uint8)
     Image.fromarray(pixels.numpy()).save(tmp_path / "fine.png")
-    assert torch.equal(data.read_image(tmp_path / "fine.png", 9), data.fit(pixels.permute(2, 0, 1), 9))
+    assert torch.equal(
+        data.read_image(tmp_path / "fine.png", 9), data.fit(pixels.permute(2, 0, 1), 9)
+    )
     (tmp_path / "damaged.png").write_bytes((tmp_path / "fine.png").read_bytes()[:40])
     for name in ("gone.png", "damaged.png"):
-        with pytest.raises(ValueError, match=f"{name}: cannot be read as an image .*: replace the file or take it away"):
+        with pytest.raises(
+            ValueError,
+            match=f"{name}: cannot be read as an image .*: replace the file or take it away",
+        ):
             data.read_image(tmp_path / name, 9)
 
 
@@ -358,7 +437,9 @@ def test_shapes_are_the_same_everywhere():
         assert hashlib.sha256(tensor.numpy()).hexdigest()[:16] == digest
     assert not torch.equal(images.images, shapes(64, seed=1).images)
     longer = shapes(100)
-    assert torch.equal(longer.images[:64], images.images) and torch.equal(longer.masks[:64], images.masks)
+    assert torch.equal(longer.images[:64], images.images) and torch.equal(
+        longer.masks[:64], images.masks
+    )
     assert all(torch.equal(a, b) for a, b in zip(images.boxes, longer.boxes))
 
 
@@ -388,7 +469,12 @@ def find_cue(image, mask):
     red, blue = image[0].int(), image[2].int()
     coloured = ((red - blue).abs() > 60) & (mask == 0)
     rows, columns = coloured.any(1).nonzero().flatten(), coloured.any(0).nonzero().flatten()
-    return coloured, (columns[0].item(), rows[0].item(), columns[-1].item() + 1, rows[-1].item() + 1)
+    return coloured, (
+        columns[0].item(),
+        rows[0].item(),
+        columns[-1].item() + 1,
+        rows[-1].item() + 1,
+    )
 
 
 def distance(a, b):
@@ -396,11 +482,14 @@ def distance(a, b):
     return (((a[0] + a[2] - b[0] - b[2]) / 2) ** 2 + ((a[1] + a[3] - b[1] - b[3]) / 2) ** 2) ** 0.5
 
 
-@pytest.mark.parametrize("size, n", [(16, 200), (17, 100), (24, 200), (32, 400), (63, 40), (160, 12), (512, 4)])
+@pytest.mark.parametrize(
+    "size, n", [(16, 200), (17, 100), (24, 200), (32, 400), (63, 40), (160, 12), (512, 4)]
+)
 def test_class_rule_boxes_and_masks_of_shapes(size, n):
     images = shapes(n, size, seed=5)
-    for image, label, mask, boxes, kinds in zip(images.images, images.labels, images.masks, images.boxes,
-                                                images.box_labels):
+    for image, label, mask, boxes, kinds in zip(
+        images.images, images.labels, images.masks, images.boxes, images.box_labels
+    ):
         assert boxes.shape == (2, 4) and boxes.dtype == torch.float32 and kinds.dtype == torch.int64
         assert kinds[0] != kinds[1] and {*mask.unique().tolist()} == {0, *(1 + kinds).tolist()}
         cue, cue_box = find_cue(image, mask)
@@ -422,21 +511,38 @@ def test_kinds_look_like_their_names():
         for (x0, y0, x1, y1), kind in zip(boxes.int().tolist(), kinds):
             shape = mask[y0:y1, x0:x1] == kind + 1
             middle = (y1 - y0) // 2
-            corner, centre, left, top = shape[0, 0], shape[middle, middle], shape[middle, 0], shape[0, middle]
+            corner, centre, left, top = (
+                shape[0, 0],
+                shape[middle, middle],
+                shape[middle, 0],
+                shape[0, middle],
+            )
             assert torch.equal(shape, shape.flip(1))  # a flip keeps the kind
-            expected = {"circle": (False, True, True, True), "cross": (True, True, False, False),
-                        "equals": (True, False, False, True), "pause": (True, False, True, False)}[KINDS[kind]]
+            expected = {
+                "circle": (False, True, True, True),
+                "cross": (True, True, False, False),
+                "equals": (True, False, False, True),
+                "pause": (True, False, True, False),
+            }[KINDS[kind]]
             assert (corner.item(), centre.item(), left.item(), top.item()) == expected
 
 
 def test_colour_kind_and_place_of_the_named_shape_are_balanced():
     images = shapes(2000, seed=3)
-    first = torch.tensor([kinds[0] == label for kinds, label in zip(images.box_labels, images.labels)])
-    colour = torch.tensor([nearest_colour(image, mask == label + 1) for image, mask, label
-                           in zip(images.images, images.masks, images.labels)])
+    first = torch.tensor(
+        [kinds[0] == label for kinds, label in zip(images.box_labels, images.labels)]
+    )
+    colour = torch.tensor(
+        [
+            nearest_colour(image, mask == label + 1)
+            for image, mask, label in zip(images.images, images.masks, images.labels)
+        ]
+    )
     for fact in (first, colour):
         for label in range(4):
-            assert 0.43 < fact[images.labels == label].double().mean() < 0.57  # 500 draws: three standard deviations
+            assert (
+                0.43 < fact[images.labels == label].double().mean() < 0.57
+            )  # 500 draws: three standard deviations
     other = torch.stack(images.box_labels).sum(1) - images.labels
     assert torch.bincount(4 * images.labels + other, minlength=16)[[0, 5, 10, 15]].sum() == 0
     assert torch.bincount(4 * images.labels + other).topk(12).values.min() > 120  # 2000 / 12 = 167
@@ -445,8 +551,21 @@ def test_colour_kind_and_place_of_the_named_shape_are_balanced():
 def test_no_model_without_mixing_is_right_on_all_four():
     """The argument of chapter 9: exchange the shapes' colours, or the cue's; of these four images three can be right."""
     torch.manual_seed(0)
-    model = XViT(img_size=32, num_classes=4, dim=32, depth=2, num_heads=4, stem_stride=4, attention=NoMixing,
-                 class_depth=0, lpi=False).double().eval()
+    model = (
+        XViT(
+            img_size=32,
+            num_classes=4,
+            dim=32,
+            depth=2,
+            num_heads=4,
+            stem_stride=4,
+            attention=NoMixing,
+            class_depth=0,
+            lpi=False,
+        )
+        .double()
+        .eval()
+    )
     scene = data._scene(8, 32, seed=0)
     logits = []
     for swap_shapes in (False, True):
@@ -457,7 +576,9 @@ def test_no_model_without_mixing_is_right_on_all_four():
             if swap_cue:
                 colour[:, 2] = scene["colour"][:, :2].sum(1) - colour[:, 2]
             changed = {**scene, "colour": colour}
-            image, _ = data._draw(32, np.random.RandomState(0), **{k: v.astype(np.int32) for k, v in changed.items()})
+            image, _ = data._draw(
+                32, np.random.RandomState(0), **{k: v.astype(np.int32) for k, v in changed.items()}
+            )
             logits.append(model((torch.from_numpy(image).double() / 255 - 0.5) / 0.25).detach())
     difference = logits[0] - logits[1] - logits[2] + logits[3]
     assert difference.abs().max() < 1e-12 < (logits[0] - logits[1]).abs().max()
@@ -466,8 +587,17 @@ def test_no_model_without_mixing_is_right_on_all_four():
 def accuracy(attention, steps=90):
     torch.manual_seed(0)
     train, test = shapes(4000, 24), shapes(500, 24, seed=1)
-    model = XViT(img_size=24, num_classes=4, dim=64, depth=2, num_heads=4, stem_stride=4, attention=attention,
-                 class_depth=0, lpi=False)
+    model = XViT(
+        img_size=24,
+        num_classes=4,
+        dim=64,
+        depth=2,
+        num_heads=4,
+        stem_stride=4,
+        attention=attention,
+        class_depth=0,
+        lpi=False,
+    )
     optimizer = torch.optim.AdamW(model.parameters())
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
     augment = Augment("flip")
@@ -479,26 +609,42 @@ def accuracy(attention, steps=90):
         optimizer.step()
         schedule.step()
     with torch.no_grad():
-        return (model.eval()(normalize(test.images)).argmax(1) == test.labels).double().mean().item()
+        return (
+            (model.eval()(normalize(test.images)).argmax(1) == test.labels).double().mean().item()
+        )
 
 
 def test_attention_learns_shapes_and_a_model_without_mixing_does_not():
     learned, guessed = accuracy(XNormAttention), accuracy(NoMixing)
-    assert learned > 0.7 > 0.56 > guessed > 0.3, (learned, guessed)  # guessing between the two shapes: 0.5
+    assert learned > 0.7 > 0.56 > guessed > 0.3, (
+        learned,
+        guessed,
+    )  # guessing between the two shapes: 0.5
 
 
 # ------------------------------------------------------------------------------------------------------ augmentation
 
 
-@pytest.mark.parametrize("size, how, group", [
-    (32, "flip", 16), (32, "shift", 16), (48, "crop", 16), (16, "shift+randaugment", 3), (32, "crop+randaugment", 16),
-])
+@pytest.mark.parametrize(
+    "size, how, group",
+    [
+        (32, "flip", 16),
+        (32, "shift", 16),
+        (48, "crop", 16),
+        (16, "shift+randaugment", 3),
+        (32, "crop+randaugment", 16),
+    ],
+)
 def test_augment_is_decided_by_the_state_of_the_generator(size, how, group):
     x = shapes(40, size).images
     augment = Augment(how, group)
     state = torch.get_rng_state()
     first, second = augment(x), augment(x)
-    assert first.shape == (40, 3, size, size) and first.dtype == torch.float32 and first.isfinite().all()
+    assert (
+        first.shape == (40, 3, size, size)
+        and first.dtype == torch.float32
+        and first.isfinite().all()
+    )
     assert -2 <= first.min() and first.max() <= 2 and not torch.equal(first, second)
     torch.set_rng_state(state)
     assert torch.equal(augment(x), first) and torch.equal(augment(x), second)
@@ -510,7 +656,11 @@ def test_each_image_is_shifted_by_its_own_draw():
     x = one.expand(200, -1, -1, -1)
     out = data.shift(x, 2)
     padded = F.pad(one.float(), (2, 2, 2, 2), mode="reflect")[0].to(torch.uint8)  # (3, 16, 16)
-    crops = {padded[:, i : i + 12, j : j + 12].numpy().tobytes(): (i, j) for i in range(5) for j in range(5)}
+    crops = {
+        padded[:, i : i + 12, j : j + 12].numpy().tobytes(): (i, j)
+        for i in range(5)
+        for j in range(5)
+    }
     seen = {crops[image.contiguous().numpy().tobytes()] for image in out}
     assert seen == {(i, j) for i in range(5) for j in range(5)}
 
@@ -524,11 +674,21 @@ def test_each_image_is_flipped_by_its_own_draw():
 
 def test_each_image_is_cropped_by_its_own_draw():
     row = torch.arange(64, dtype=torch.uint8)
-    x = torch.stack([row.expand(64, 64), row[:, None].expand(64, 64), torch.full((64, 64), 9, dtype=torch.uint8)])
+    x = torch.stack(
+        [
+            row.expand(64, 64),
+            row[:, None].expand(64, 64),
+            torch.full((64, 64), 9, dtype=torch.uint8),
+        ]
+    )
     out = data.resized_crop(x.expand(300, -1, -1, -1), 32).double()
-    width = (out[:, 0, 5, 31] - out[:, 0, 5, 0]) * 32 / 31 / 64  # from the ramps: which part of the image is seen
+    width = (
+        (out[:, 0, 5, 31] - out[:, 0, 5, 0]) * 32 / 31 / 64
+    )  # from the ramps: which part of the image is seen
     height = (out[:, 1, 31, 5] - out[:, 1, 0, 5]) * 32 / 31 / 64
-    assert ((0.32 < width * height) & (width * height < 1.03)).all() and (width * height).std() > 0.1
+    assert ((0.32 < width * height) & (width * height < 1.03)).all() and (
+        width * height
+    ).std() > 0.1
     assert ((0.7 < width / height) & (width / height < 1.42)).all()
     assert out[:, 0, 0, 0].unique().numel() > 10 and (out[:, 2] == 9).all()
 
@@ -547,11 +707,15 @@ def test_flips_keep_the_class_of_shapes():
     out = Augment("flip")(images.images)
     plain = normalize(images.images)
     for image, a, b in zip(out, plain, plain.flip(-1)):
-        assert torch.equal(image, a) or torch.equal(image, b)  # and a mirrored shape is of its kind, see above
+        assert torch.equal(image, a) or torch.equal(
+            image, b
+        )  # and a mirrored shape is of its kind, see above
 
 
-@pytest.mark.parametrize("shape, dtype", [((2, 3, 32, 32), torch.float32), ((3, 32, 32), torch.uint8),
-                                          ((2, 1, 32, 32), torch.uint8)])
+@pytest.mark.parametrize(
+    "shape, dtype",
+    [((2, 3, 32, 32), torch.float32), ((3, 32, 32), torch.uint8), ((2, 1, 32, 32), torch.uint8)],
+)
 def test_augment_refuses_what_does_not_fit(shape, dtype):
     x = torch.zeros(shape, dtype=dtype)
     with pytest.raises(ValueError, match=r"got a batch torch.*as load returns them"):
@@ -586,4 +750,6 @@ def test_a_gpu_makes_the_same_draws(how):
     here = augment(x)
     torch.set_rng_state(state)
     there = augment(x.cuda())
-    assert there.is_cuda and ((there.cpu() - here).abs() > 0.05).double().mean() < 0.02  # rounding may tip a grey level
+    assert (
+        there.is_cuda and ((there.cpu() - here).abs() > 0.05).double().mean() < 0.02
+    )  # rounding may tip a grey level

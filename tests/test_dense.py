@@ -17,7 +17,14 @@ from torch import nn
 
 from xvit_minimal import data, dense, dense_data, train
 from xvit_minimal.baselines import XCA, EfficientAttention, SoftmaxAttention, XNormL1
-from xvit_minimal.dense import VOID, SemanticFPN, XViTBackbone, detector, segmentation_loss, transfer
+from xvit_minimal.dense import (
+    VOID,
+    SemanticFPN,
+    XViTBackbone,
+    detector,
+    segmentation_loss,
+    transfer,
+)
 from xvit_minimal.model import XViT
 from xvit_minimal.recipe import Config, command, parse, recipe
 from xvit_minimal.tasks import TASKS, Detection, Segmentation
@@ -26,7 +33,9 @@ SIZES = [(1, 1), (4, 4000), (33, 65), (32, 64)]
 
 
 def body_of(img_size=32, stem_stride=4, **changes):
-    small = dict(img_size=img_size, num_classes=3, dim=8, depth=2, num_heads=2, stem_stride=stem_stride)
+    small = dict(
+        img_size=img_size, num_classes=3, dim=8, depth=2, num_heads=2, stem_stride=stem_stride
+    )
     return XViT(**{**small, **changes})
 
 
@@ -39,8 +48,10 @@ def tiny_detector(num_classes=2, strides=(8, 16, 32), channels=16, **changes):
 
 
 def a_target(*boxes, labels=None):
-    return {"boxes": torch.tensor(boxes, dtype=torch.float).reshape(-1, 4), "labels": torch.tensor(
-        [0] * len(boxes) if labels is None else labels, dtype=torch.int64)}
+    return {
+        "boxes": torch.tensor(boxes, dtype=torch.float).reshape(-1, 4),
+        "labels": torch.tensor([0] * len(boxes) if labels is None else labels, dtype=torch.int64),
+    }
 
 
 @pytest.fixture(autouse=True)
@@ -55,7 +66,9 @@ def the_same_draws():
 @pytest.mark.parametrize("strides", [(4, 8, 16, 32), (8, 16), (2,)])
 @pytest.mark.parametrize("size", [(1, 1), (33, 65), (64, 32)])
 def test_each_map_has_its_stride(stem_stride, strides, size):
-    maps = XViTBackbone(body_of(stem_stride=stem_stride), 16, strides).eval()(torch.randn(2, 3, *size))
+    maps = XViTBackbone(body_of(stem_stride=stem_stride), 16, strides).eval()(
+        torch.randn(2, 3, *size)
+    )
     coarsest = max(strides[-1], stem_stride)
     assert list(maps) == [str(n) for n in range(len(strides))]
     for stride, found in zip(strides, maps.values()):
@@ -71,7 +84,9 @@ def test_strides_that_are_no_increasing_powers_of_two_are_refused(strides):
 
 @pytest.mark.parametrize("channels", [0, 4, 12, -8])
 def test_channels_that_are_no_multiple_of_eight_are_refused(channels):
-    with pytest.raises(ValueError, match=f"got {channels} channels for the pyramid, expected a multiple of 8"):
+    with pytest.raises(
+        ValueError, match=f"got {channels} channels for the pyramid, expected a multiple of 8"
+    ):
         XViTBackbone(body_of(), channels)
 
 
@@ -95,10 +110,18 @@ def test_a_trained_body_gives_the_same_tokens_and_is_left_as_it_is():
 def test_taps_are_the_grids_after_those_blocks():
     body, x = body_of(depth=3).eval(), torch.randn(1, 3, 16, 24)
     first, same, last = body.forward_features(x, taps=[1, 1, 3])
-    assert torch.equal(first, same) and torch.equal(last, body.forward_features(x)) and first.shape == (1, 8, 4, 6)
+    assert (
+        torch.equal(first, same)
+        and torch.equal(last, body.forward_features(x))
+        and first.shape == (1, 8, 4, 6)
+    )
     body.blocks = body.blocks[:1]
     assert torch.equal(body.forward_features(x), first)
-    assert [XViTBackbone(body_of(depth=depth), 8).taps for depth in (1, 4, 7)] == [[1] * 4, [1, 2, 3, 4], [2, 4, 6, 7]]
+    assert [XViTBackbone(body_of(depth=depth), 8).taps for depth in (1, 4, 7)] == [
+        [1] * 4,
+        [1, 2, 3, 4],
+        [2, 4, 6, 7],
+    ]
 
 
 @pytest.mark.parametrize("size", [(1, 1), (33, 65), (5, 40)])
@@ -108,13 +131,19 @@ def test_no_token_of_the_padding_reaches_the_attention(size):
     for strides in ((4,), (4, 64)):
         backbone = XViTBackbone(body, 8, strides).eval()
         for block in backbone.body.blocks:
-            block.attention.part.register_forward_hook(lambda _, inputs, output: seen.append((inputs[0], output)))
-        backbone.resize[0].register_forward_pre_hook(lambda _, inputs: seen.append((inputs[0][:, :, :h, :w],) * 2))
+            block.attention.part.register_forward_hook(
+                lambda _, inputs, output: seen.append((inputs[0], output))
+            )
+        backbone.resize[0].register_forward_pre_hook(
+            lambda _, inputs: seen.append((inputs[0][:, :, :h, :w],) * 2)
+        )
         backbone(x)
     half = len(seen) // 2
     assert half == 3 and seen[0][0].shape[1] == h * w
     shallow, deep = seen[:half], seen[half:]
-    assert all(torch.equal(a, b) for one, other in zip(shallow[:2], deep) for a, b in zip(one, other))
+    assert all(
+        torch.equal(a, b) for one, other in zip(shallow[:2], deep) for a, b in zip(one, other)
+    )
     assert torch.equal(shallow[2][0], body.forward_features(x))
     assert torch.equal(deep[2][0], body.forward_features(x, [1])[0])
 
@@ -135,17 +164,28 @@ def test_every_pixel_of_any_image_gets_logits(size, stem_stride):
     assert torch.equal(logits, whole[:, :, : size[0], : size[1]])
 
 
-@pytest.mark.parametrize("stem_stride, strides", [(4, (4, 8, 16, 32)), (2, (4, 8)), (16, (2, 4)), (8, (8,))])
+@pytest.mark.parametrize(
+    "stem_stride, strides", [(4, (4, 8, 16, 32)), (2, (4, 8)), (16, (2, 4)), (8, (8,))]
+)
 def test_a_gradient_reaches_every_parameter_of_a_segmentation_model(stem_stride, strides):
     model = segmenter(stem_stride, strides)
     segmentation_loss(model(torch.randn(2, 3, 40, 33)), torch.randint(3, (2, 40, 33))).backward()
-    assert not [name for name, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
+    assert not [
+        name
+        for name, p in model.named_parameters()
+        if p.grad is None or not p.grad.isfinite().all()
+    ]
     assert not [name for name, p in model.named_parameters() if not p.grad.any()]
 
 
 def by_hand(logits, masks):
-    losses = [-logits[b, :, y, x].double().log_softmax(0)[masks[b, y, x]] for b in range(masks.shape[0])
-              for y in range(masks.shape[1]) for x in range(masks.shape[2]) if masks[b, y, x] != VOID]
+    losses = [
+        -logits[b, :, y, x].double().log_softmax(0)[masks[b, y, x]]
+        for b in range(masks.shape[0])
+        for y in range(masks.shape[1])
+        for x in range(masks.shape[2])
+        if masks[b, y, x] != VOID
+    ]
     return sum(losses) / len(losses)
 
 
@@ -171,15 +211,24 @@ def test_only_void_is_no_loss():
 def test_half_precision_logits_are_reduced_in_float32(kind):
     logits, masks = (20 * torch.randn(2, 4, 64, 64)).to(kind), torch.randint(4, (2, 64, 64))
     loss = segmentation_loss(logits, masks)
-    assert loss.dtype == torch.float32 and torch.equal(loss, segmentation_loss(logits.float(), masks))
+    assert loss.dtype == torch.float32 and torch.equal(
+        loss, segmentation_loss(logits.float(), masks)
+    )
 
 
-@pytest.mark.parametrize("masks, message", [
-    (torch.zeros(1, 4, 5).long(), r"got masks \(1, 4, 5\) for logits \(1, 3, 4, 4\), expected \(1, 4, 4\): resize"),
-    (torch.zeros(4, 4).long(), "got masks"), (torch.full((1, 4, 4), -1), "got a class -1 in a mask"),
-    (torch.full((1, 4, 4), 3), "got a class 3 in a mask, expected 0 to 2, or 255 for void"),
-    (torch.full((1, 4, 4), 254, dtype=torch.uint8), "got a class 254"),
-])
+@pytest.mark.parametrize(
+    "masks, message",
+    [
+        (
+            torch.zeros(1, 4, 5).long(),
+            r"got masks \(1, 4, 5\) for logits \(1, 3, 4, 4\), expected \(1, 4, 4\): resize",
+        ),
+        (torch.zeros(4, 4).long(), "got masks"),
+        (torch.full((1, 4, 4), -1), "got a class -1 in a mask"),
+        (torch.full((1, 4, 4), 3), "got a class 3 in a mask, expected 0 to 2, or 255 for void"),
+        (torch.full((1, 4, 4), 254, dtype=torch.uint8), "got a class 254"),
+    ],
+)
 def test_masks_that_do_not_fit_are_refused(masks, message):
     with pytest.raises(ValueError, match=message):
         segmentation_loss(torch.zeros(1, 3, 4, 4), masks)
@@ -190,7 +239,7 @@ def test_masks_that_do_not_fit_are_refused(masks, message):
 
 @pytest.mark.parametrize("size", SIZES)
 def test_a_detector_takes_any_image(size):
-    found, = tiny_detector().eval()(torch.randn(1, 3, *size))
+    (found,) = tiny_detector().eval()(torch.randn(1, 3, *size))
     n = len(found["scores"])
     assert found["boxes"].shape == (n, 4) and found["labels"].shape == (n,) and n <= 100
     assert all(value.isfinite().all() for value in found.values())
@@ -198,11 +247,15 @@ def test_a_detector_takes_any_image(size):
 
 def test_a_detector_takes_images_of_different_sizes_and_keeps_boxes_inside_each():
     model = tiny_detector().eval()
-    nn.init.zeros_(model.head.classification_head.cls_logits.bias)  # so that it finds something everywhere
+    nn.init.zeros_(
+        model.head.classification_head.cls_logits.bias
+    )  # so that it finds something everywhere
     found = model([torch.randn(3, 20, 50), torch.randn(3, 40, 30)])
     for each, (height, width) in zip(found, ((20, 50), (40, 30)), strict=True):
         assert len(each["boxes"]) == 100 and set(each["labels"].tolist()) <= {0, 1}
-        assert (each["boxes"] >= 0).all() and (each["boxes"] <= torch.tensor([width, height] * 2)).all()
+        assert (each["boxes"] >= 0).all() and (
+            each["boxes"] <= torch.tensor([width, height] * 2)
+        ).all()
 
 
 def test_the_narrowest_pyramid_detects_in_the_smallest_image():
@@ -214,19 +267,34 @@ def test_nine_anchors_stand_at_each_cell():
     for found, stride in zip(model.anchor_generator.cell_anchors, (8, 16)):
         sides = found[:, 2:] - found[:, :2]  # (9, 2)
         areas = torch.tensor([(2 * stride * 2 ** (k // 3 / 3)) ** 2 for k in range(9)])
-        assert len(found) == 9 and sorted(set((sides[:, 1] / sides[:, 0]).mul(2).round().tolist())) == [1, 2, 4]
-        torch.testing.assert_close(sides.prod(1).sort()[0], areas, rtol=0.06, atol=0)  # corners are whole pixels
+        assert len(found) == 9 and sorted(
+            set((sides[:, 1] / sides[:, 0]).mul(2).round().tolist())
+        ) == [1, 2, 4]
+        torch.testing.assert_close(
+            sides.prod(1).sort()[0], areas, rtol=0.06, atol=0
+        )  # corners are whole pixels
 
 
-@pytest.mark.parametrize("targets", [
-    [a_target(), a_target()], [a_target((2, 2, 20, 20)), a_target()],
-    [a_target((2, 2, 20, 20), (0, 0, 33, 40), labels=[1, 0])] * 2])
+@pytest.mark.parametrize(
+    "targets",
+    [
+        [a_target(), a_target()],
+        [a_target((2, 2, 20, 20)), a_target()],
+        [a_target((2, 2, 20, 20), (0, 0, 33, 40), labels=[1, 0])] * 2,
+    ],
+)
 def test_a_gradient_reaches_every_parameter_of_a_detector(targets):
     model = tiny_detector()
     losses = model(torch.randn(2, 3, 40, 33), targets)
-    assert set(losses) == {"classification", "bbox_regression"} and all(loss.isfinite() for loss in losses.values())
+    assert set(losses) == {"classification", "bbox_regression"} and all(
+        loss.isfinite() for loss in losses.values()
+    )
     sum(losses.values()).backward()
-    assert not [name for name, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
+    assert not [
+        name
+        for name, p in model.named_parameters()
+        if p.grad is None or not p.grad.isfinite().all()
+    ]
     if len(targets[1]["boxes"]):
         assert not [name for name, p in model.named_parameters() if not p.grad.any()]
 
@@ -249,12 +317,18 @@ def test_a_detector_finds_the_box_it_was_shown(label):
 
 
 def test_the_head_computes_in_float32_under_autocast():
-    head, maps = tiny_detector().head, [torch.randn(2, 16, 4, 4).bfloat16(), torch.randn(2, 16, 2, 2).bfloat16()]
+    head, maps = (
+        tiny_detector().head,
+        [torch.randn(2, 16, 4, 4).bfloat16(), torch.randn(2, 16, 2, 2).bfloat16()],
+    )
     plain = head([level.float() for level in maps])
     with torch.autocast("cpu", torch.bfloat16):
         assert nn.Linear(2, 2)(torch.ones(1, 2)).dtype == torch.bfloat16
         found = head(maps)
-    assert all(value.dtype == torch.float32 and torch.equal(value, plain[name]) for name, value in found.items())
+    assert all(
+        value.dtype == torch.float32 and torch.equal(value, plain[name])
+        for name, value in found.items()
+    )
 
 
 # -----------------------------------------------------------------------------------------------weights from elsewhere
@@ -274,20 +348,38 @@ def test_stem_and_blocks_are_copied_and_positions_interpolated():
     assert torch.equal(same.positions, theirs.positions)
 
 
-@pytest.mark.parametrize("changes", [
-    dict(dim=16), dict(depth=1), dict(depth=3), dict(stem_stride=8), dict(attention=XCA), dict(lpi=False),
-    dict(attention=SoftmaxAttention), dict(num_heads=4)])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(dim=16),
+        dict(depth=1),
+        dict(depth=3),
+        dict(stem_stride=8),
+        dict(attention=XCA),
+        dict(lpi=False),
+        dict(attention=SoftmaxAttention),
+        dict(num_heads=4),
+    ],
+)
 def test_another_body_is_refused_with_the_options_that_make_it(changes):
     body, trained = body_of(), body_of(**changes)
     before = {name: value.clone() for name, value in body.state_dict().items()}
-    with pytest.raises(ValueError, match="in the checkpoint and .* in this model: give .*--dim, --depth, --num-heads"):
+    with pytest.raises(
+        ValueError,
+        match="in the checkpoint and .* in this model: give .*--dim, --depth, --num-heads",
+    ):
         transfer(body, trained)
     assert all(torch.equal(value, before[name]) for name, value in body.state_dict().items())
 
 
-@pytest.mark.parametrize("ours, theirs", [
-    (dict(attention=SoftmaxAttention), dict(attention=SoftmaxAttention, num_heads=4)),
-    (dict(attention=SoftmaxAttention), dict(attention=EfficientAttention)), ({}, dict(attention=XNormL1))])
+@pytest.mark.parametrize(
+    "ours, theirs",
+    [
+        (dict(attention=SoftmaxAttention), dict(attention=SoftmaxAttention, num_heads=4)),
+        (dict(attention=SoftmaxAttention), dict(attention=EfficientAttention)),
+        ({}, dict(attention=XNormL1)),
+    ],
+)
 def test_heads_and_attentions_that_no_shape_tells_apart_are_refused(ours, theirs):
     with pytest.raises(ValueError, match="give the checkpoint's own"):
         transfer(body_of(**ours), body_of(**theirs))
@@ -301,8 +393,13 @@ TINY = dict(limit=32, batch_size=8, epochs=1, size=32, pyramid=16, augment="crop
 def few_to_test(monkeypatch):
     """Twelve test images of shapes in place of 400."""
     whole = dense_data.load
-    monkeypatch.setattr(dense_data, "load", lambda name, task, split="train", size=None, limit=None: whole(
-        name, task, split, size, limit or (12 if name == "shapes" else None)))
+    monkeypatch.setattr(
+        dense_data,
+        "load",
+        lambda name, task, split="train", size=None, limit=None: whole(
+            name, task, split, size, limit or (12 if name == "shapes" else None)
+        ),
+    )
 
 
 def tiny(task, folder, **changes):
@@ -317,21 +414,35 @@ def classifier(tmp_path_factory):
     return folder / "weights.safetensors"
 
 
-@pytest.mark.parametrize("task, changes", [("segmentation", {}), ("detection", dict(stem_stride=4))])
-def test_a_run_starts_with_the_body_of_a_classifier(classifier, tmp_path, few_to_test, task, changes):
-    config = tiny(task, tmp_path, init=str(classifier), size=48, amp=False, compile=False, **changes)
+@pytest.mark.parametrize(
+    "task, changes", [("segmentation", {}), ("detection", dict(stem_stride=4))]
+)
+def test_a_run_starts_with_the_body_of_a_classifier(
+    classifier, tmp_path, few_to_test, task, changes
+):
+    config = tiny(
+        task, tmp_path, init=str(classifier), size=48, amp=False, compile=False, **changes
+    )
     sets = [TASKS[task].load(config, "train", 8) for _ in range(2)]
     model = train.Run(config, *sets, torch.device("cpu")).model
     body = next(module for module in model.modules() if isinstance(module, XViT)).state_dict()
     theirs = train.load_model(classifier)[0].state_dict()
-    assert all(torch.equal(body[name], theirs[name]) for name in theirs if name.split(".")[0] in ("stem", "blocks"))
+    assert all(
+        torch.equal(body[name], theirs[name])
+        for name in theirs
+        if name.split(".")[0] in ("stem", "blocks")
+    )
     resized = F.interpolate(theirs["positions"], (12, 12), mode="bicubic", align_corners=False)
     assert torch.equal(body["positions"], resized)
 
 
-@pytest.mark.parametrize("changes", [dict(dim=16), dict(depth=2), dict(attention="softmax"), dict(stem_stride=8)])
+@pytest.mark.parametrize(
+    "changes", [dict(dim=16), dict(depth=2), dict(attention="softmax"), dict(stem_stride=8)]
+)
 def test_a_run_refuses_the_body_of_another_model(classifier, tmp_path, few_to_test, changes):
-    with pytest.raises(ValueError, match="weights.safetensors: .* give the checkpoint's own --model, .*--attention"):
+    with pytest.raises(
+        ValueError, match="weights.safetensors: .* give the checkpoint's own --model, .*--attention"
+    ):
         train.train(tiny("segmentation", tmp_path, init=str(classifier), **changes))
 
 
@@ -339,20 +450,35 @@ def test_a_run_refuses_the_body_of_another_model(classifier, tmp_path, few_to_te
 
 
 def check_record(tree, found):
-    found = {**found, "command": "python -m xvit_minimal.train", "data": {**found["data"], "name": "x"},
-             "config": {**found["config"], "out": "runs/x", "init": None, "data": "x"},  # folders of this machine
-             "commit": (found["commit"] or "0123abc").removesuffix("-dirty")}
+    found = {
+        **found,
+        "command": "python -m xvit_minimal.train",
+        "data": {**found["data"], "name": "x"},
+        "config": {
+            **found["config"],
+            "out": "runs/x",
+            "init": None,
+            "data": "x",
+        },  # folders of this machine
+        "commit": (found["commit"] or "0123abc").removesuffix("-dirty"),
+    }
     (tree / "book/runs/two.json").write_text(json.dumps(found))
     assert not problems_in_records(tree)
 
 
 @pytest.mark.parametrize("task, score", [("segmentation", "test_miou"), ("detection", "test_map")])
-def test_a_run_leaves_a_record_and_weights_that_give_its_scores(tree, tmp_path, few_to_test, task, score):
+def test_a_run_leaves_a_record_and_weights_that_give_its_scores(
+    tree, tmp_path, few_to_test, task, score
+):
     config = tiny(task, tmp_path / "run")
     found = train.train(config)
     check_record(tree, found)
     assert {p.name for p in (tmp_path / "run").iterdir()} == {
-        "weights.safetensors", "record.json", "checkpoint.pt", "checkpoint.previous.pt"}
+        "weights.safetensors",
+        "record.json",
+        "checkpoint.pt",
+        "checkpoint.previous.pt",
+    }
     assert found["data"]["splits"] == {"train": 32, "test": 12} and score in found["results"][0]
     model, classes = train.load_model(tmp_path / "run/weights.safetensors")
     test = TASKS[task].load(config, "test", None)
@@ -374,7 +500,10 @@ def test_an_interrupted_run_ends_with_the_same_bytes(tmp_path, monkeypatch, few_
         train.train(tiny(task, tmp_path / "stopped", **changes))
     assert torch.load(tmp_path / "stopped/checkpoint.pt", weights_only=True)["step"] == 3
     found = train.train(tiny(task, tmp_path / "stopped", **changes))
-    assert weights(tmp_path / "stopped") == weights(tmp_path / "whole") and found["results"] == whole["results"]
+    assert (
+        weights(tmp_path / "stopped") == weights(tmp_path / "whole")
+        and found["results"] == whole["results"]
+    )
 
 
 def test_a_run_on_oblong_pictures(tree, tmp_path):
@@ -407,7 +536,9 @@ class Told(nn.Module):
 
     def forward(self, x):
         assert not self.training
-        picked = [self.answers[number] for number in ((x[:, 0, 0, 0] + 2) * 63.75).round().int().tolist()]
+        picked = [
+            self.answers[number] for number in ((x[:, 0, 0, 0] + 2) * 63.75).round().int().tolist()
+        ]
         return torch.stack(picked) if isinstance(picked[0], torch.Tensor) else picked
 
 
@@ -418,14 +549,19 @@ def numbered(n, height, width, classes, **more):
 
 @pytest.mark.parametrize("batch_size", [1, 2, 16])
 def test_miou_is_that_of_counting_by_hand(batch_size):
-    classes, n = ("sky", "road", "boat", "unicorn", "car"), 5  # nobody sees a unicorn, and the car is only in the truth
+    classes, n = (
+        ("sky", "road", "boat", "unicorn", "car"),
+        5,
+    )  # nobody sees a unicorn, and the car is only in the truth
     truth, said = torch.randint(3, (n, 4, 6)), torch.randint(3, (n, 4, 6))
     truth[0, 0], truth[3], truth[1, 1, :2] = VOID, VOID, 4
     said[0, 0] = 3  # under void: counts nowhere
     model = Told(list(F.one_hot(said, 5).permute(0, 3, 1, 2).float()))
     images = numbered(n, 4, 6, classes, masks=truth.to(torch.uint8))
     found = Segmentation.evaluate(model.train(), images, batch_size=batch_size)
-    pixels = [(i, y, x) for i in range(n) for y in range(4) for x in range(6) if truth[i, y, x] != VOID]
+    pixels = [
+        (i, y, x) for i in range(n) for y in range(4) for x in range(6) if truth[i, y, x] != VOID
+    ]
     iou = {}
     for k, name in enumerate(classes):
         of_truth, of_said = ({p for p in pixels if mask[p] == k} for mask in (truth, said))
@@ -433,12 +569,18 @@ def test_miou_is_that_of_counting_by_hand(batch_size):
             iou[name] = len(of_truth & of_said) / len(of_truth | of_said)
     assert set(iou) == {"sky", "road", "boat", "car"} and iou["car"] == 0
     accuracy = sum((truth[p] == said[p]).item() for p in pixels) / len(pixels)
-    expected = {"miou": sum(iou.values()) / 4, "accuracy": accuracy, **{f"iou_{name}": v for name, v in iou.items()}}
+    expected = {
+        "miou": sum(iou.values()) / 4,
+        "accuracy": accuracy,
+        **{f"iou_{name}": v for name, v in iou.items()},
+    }
     assert found == pytest.approx(expected, rel=1e-9) and list(found) == list(expected)
 
 
 def test_images_of_nothing_but_void_cannot_be_evaluated():
-    images = numbered(2, 4, 6, ("sky", "road"), masks=torch.full((2, 4, 6), VOID, dtype=torch.uint8))
+    images = numbered(
+        2, 4, 6, ("sky", "road"), masks=torch.full((2, 4, 6), VOID, dtype=torch.uint8)
+    )
     with pytest.raises(ValueError, match="no pixel of the 2 test pictures"):
         Segmentation.evaluate(Told([torch.zeros(2, 4, 6)] * 2), images)
 
@@ -453,7 +595,9 @@ def average_precision(truth, said, threshold):
     """COCO's, of one class: truth {image: boxes}, said [(score, image, box), ...]."""
     found, hits, points = set(), 0, []
     for n, (_, image, box) in enumerate(sorted(said, key=lambda each: -each[0]), start=1):
-        overlaps = [(overlap(box, other), (image, k)) for k, other in enumerate(truth.get(image, []))]
+        overlaps = [
+            (overlap(box, other), (image, k)) for k, other in enumerate(truth.get(image, []))
+        ]
         best, which = max((pair for pair in overlaps if pair[1] not in found), default=(0, None))
         if best >= threshold:
             found.add(which)
@@ -466,20 +610,39 @@ def test_map_is_that_of_counting_by_hand():
     """Class 0 has two truths and three predictions, one of them in an image without truth; class 1 has a truth that
     nobody finds, class 2 none; of the 20 images, in two batches, most have neither."""
     truth = {0: {0: [(0, 0, 20, 20)], 18: [(10, 10, 30, 40)]}, 1: {18: [(0, 0, 8, 8)]}}
-    said = [(0.9, 0, (0, 0, 20, 17.5)), (0.8, 5, (5, 5, 15, 15)), (0.7, 18, (10, 10, 30, 29))]  # overlap 0.875, 0, 0.63
+    said = [
+        (0.9, 0, (0, 0, 20, 17.5)),
+        (0.8, 5, (5, 5, 15, 15)),
+        (0.7, 18, (10, 10, 30, 29)),
+    ]  # overlap 0.875, 0, 0.63
     answers, targets = [], []
     for image in range(20):
         mine = [(score, box) for score, where, box in said if where == image]
-        answers.append({**a_target(*[box for _, box in mine]), "scores": torch.tensor([score for score, _ in mine])})
+        answers.append(
+            {
+                **a_target(*[box for _, box in mine]),
+                "scores": torch.tensor([score for score, _ in mine]),
+            }
+        )
         there = [(box, k) for k in truth for box in truth[k].get(image, [])]
         targets.append(a_target(*[box for box, _ in there], labels=[k for _, k in there]))
     boxes, labels = ([target[key] for target in targets] for key in ("boxes", "labels"))
     images = numbered(20, 40, 40, ("cell", "plate", "ghost"), boxes=boxes, box_labels=labels)
     found = Detection.evaluate(Told(answers).train(), images)
     each = {n: average_precision(truth[0], said, n / 100) for n in range(50, 100, 5)}
-    assert each[50] == pytest.approx((51 + 50 * 2 / 3) / 101) and each[75] == pytest.approx(51 / 101) and each[90] == 0
+    assert (
+        each[50] == pytest.approx((51 + 50 * 2 / 3) / 101)
+        and each[75] == pytest.approx(51 / 101)
+        and each[90] == 0
+    )
     cell = sum(each.values()) / 10
-    expected = {"map": cell / 2, "map50": each[50] / 2, "map75": each[75] / 2, "map_cell": cell, "map_plate": 0}
+    expected = {
+        "map": cell / 2,
+        "map50": each[50] / 2,
+        "map75": each[75] / 2,
+        "map_cell": cell,
+        "map_plate": 0,
+    }
     assert found == pytest.approx(expected, abs=1e-6)
     curves = Detection.precision(Told(answers), images)
     assert curves == {"cell": pytest.approx([1] * 51 + [2 / 3] * 50), "plate": [0] * 101}
@@ -488,8 +651,10 @@ def test_map_is_that_of_counting_by_hand():
 def test_a_detector_that_says_the_truth_scores_one_and_one_that_is_silent_zero():
     images = data.shapes(6, 32)
     images.images[:] = torch.arange(6, dtype=torch.uint8)[:, None, None, None]
-    right = [{"boxes": boxes, "labels": labels, "scores": torch.ones(2)}
-             for boxes, labels in zip(images.boxes, images.box_labels)]
+    right = [
+        {"boxes": boxes, "labels": labels, "scores": torch.ones(2)}
+        for boxes, labels in zip(images.boxes, images.box_labels)
+    ]
     silent = [{**a_target(), "scores": torch.zeros(0)}] * 6
     assert set(Detection.evaluate(Told(right), images).values()) == {1.0}
     assert set(Detection.evaluate(Told(silent), images).values()) == {0.0}
@@ -499,55 +664,88 @@ def test_a_detector_that_says_the_truth_scores_one_and_one_that_is_silent_zero()
 
 
 @pytest.mark.parametrize("task", ["segmentation", "detection"])
-@pytest.mark.parametrize("changes, message", [
-    (dict(mix=0.5), "got mix=0.5, .* expected 0 for all three"), (dict(class_depth=1), "class_depth=1 .*leave them"),
-    (dict(label_smoothing=0.1), "smoothing=0.1, .* one label an image"), (dict(augment="corp"), "nearest is 'crop'"),
-    (dict(augment="shift"), "got augment 'shift', expected one of none, flip, crop"), (dict(pyramid=0), "pyramid=0"),
-    (dict(pyramid=12), "got pyramid=12, expected a multiple of 8"),
-])
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(mix=0.5), "got mix=0.5, .* expected 0 for all three"),
+        (dict(class_depth=1), "class_depth=1 .*leave them"),
+        (dict(label_smoothing=0.1), "smoothing=0.1, .* one label an image"),
+        (dict(augment="corp"), "nearest is 'crop'"),
+        (dict(augment="shift"), "got augment 'shift', expected one of none, flip, crop"),
+        (dict(pyramid=0), "pyramid=0"),
+        (dict(pyramid=12), "got pyramid=12, expected a multiple of 8"),
+    ],
+)
 def test_what_a_dense_task_cannot_use_is_refused(task, changes, message):
     with pytest.raises(ValueError, match=message):
         recipe("shapes", task, **changes)
 
 
-@pytest.mark.parametrize("name, near", [
-    ("segment", "segmentation"), ("detect", "detection"), ("class", "classification")])
+@pytest.mark.parametrize(
+    "name, near",
+    [("segment", "segmentation"), ("detect", "detection"), ("class", "classification")],
+)
 def test_an_unknown_task_is_answered_with_the_nearest(name, near, capsys):
-    with pytest.raises(ValueError, match=f"got task '{name}', expected one of classification, .* nearest is '{near}'"):
+    with pytest.raises(
+        ValueError,
+        match=f"got task '{name}', expected one of classification, .* nearest is '{near}'",
+    ):
         Config(task=name)
     with pytest.raises(SystemExit):
         parse(["--task", name])
     assert f"nearest is '{near}'" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("line", [
-    "--task segmentation", "--task detection --data bccd --epochs 7 --size 200 --out runs/x", "--task classification",
-    "--task segmentation --data 'a folder' --init a/w.safetensors --pyramid 32 --augment none --ema 0.5 --no-lpi --amp",
-])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "--task segmentation",
+        "--task detection --data bccd --epochs 7 --size 200 --out runs/x",
+        "--task classification",
+        "--task segmentation --data 'a folder' --init a/w.safetensors --pyramid 32 --augment none --ema 0.5 --no-lpi --amp",
+    ],
+)
 def test_a_command_makes_a_dense_configuration_again(line):
     config = parse(shlex.split(line))
     assert parse(shlex.split(command(config))[3:]) == config
-    assert (config.class_depth == 0) == ("classification" not in line) == ("--task" in command(config))
+    assert (
+        (config.class_depth == 0) == ("classification" not in line) == ("--task" in command(config))
+    )
 
 
 def test_each_task_has_a_folder_a_score_and_a_cost(tmp_path):
-    assert recipe("a/roofs", "segmentation").out == "runs/roofs-segmentation" and recipe("shapes").out == "runs/shapes"
-    assert [TASKS[task].score for task in ("classification", "segmentation", "detection")] == ["top1", "miou", "map"]
+    assert (
+        recipe("a/roofs", "segmentation").out == "runs/roofs-segmentation"
+        and recipe("shapes").out == "runs/shapes"
+    )
+    assert [TASKS[task].score for task in ("classification", "segmentation", "detection")] == [
+        "top1",
+        "miou",
+        "map",
+    ]
     for task in ("segmentation", "detection"):
         config = tiny(task, tmp_path)
         model = TASKS[task].model(config, 5, (24, 40))
         parameters, multiply_adds = TASKS[task].cost(model, (24, 40))
         assert parameters == sum(p.numel() for p in model.parameters()) and multiply_adds > 0
-        assert next(model.parameters()).device.type == "cpu" and isinstance(model, (SemanticFPN, dense.RetinaNet))
+        assert next(model.parameters()).device.type == "cpu" and isinstance(
+            model, (SemanticFPN, dense.RetinaNet)
+        )
 
 
-@pytest.mark.parametrize("file, weights_file, known", [("street.jpg", "camvid", "sky"), ("blood.jpg", "bccd", "RBC")])
+@pytest.mark.parametrize(
+    "file, weights_file, known", [("street.jpg", "camvid", "sky"), ("blood.jpg", "bccd", "RBC")]
+)
 @pytest.mark.parametrize("shape", [(50, 70, 3), (1, 1, 3), (4, 4000, 3), (61, 40)])
-def test_the_lines_of_the_readme_take_a_picture_of_any_size(tmp_path, monkeypatch, capsys, file, weights_file, known, shape):
+def test_the_lines_of_the_readme_take_a_picture_of_any_size(
+    tmp_path, monkeypatch, capsys, file, weights_file, known, shape
+):
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
     (lines,) = (block for block in blocks if file in block)
     assert len([line for line in lines.splitlines() if line]) == 5
-    Image.fromarray(np.random.default_rng(0).integers(0, 255, shape, np.uint8)).save(tmp_path / file)
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, shape, np.uint8)).save(
+        tmp_path / file
+    )
     (tmp_path / "book").symlink_to(ROOT / "book")
     monkeypatch.chdir(tmp_path)
     room = {}

@@ -14,7 +14,7 @@ from xvit_minimal import data, train
 from xvit_minimal.recipe import recipe
 from xvit_minimal.tasks import TASKS, Classification
 
-sys.path.insert(0, str(ROOT / "book"))
+sys.path.insert(0, str(ROOT / "book/tools"))
 import evaluate  # noqa: E402
 
 
@@ -22,8 +22,20 @@ import evaluate  # noqa: E402
 def run(tmp_path_factory):
     """The folder of a tiny run on drawn shapes."""
     folder = tmp_path_factory.mktemp("run")
-    train.train(recipe("shapes", out=str(folder), dim=16, depth=1, num_heads=2, size=16, limit=64, epochs=1, batch_size=32,
-                       device="cpu"))
+    train.train(
+        recipe(
+            "shapes",
+            out=str(folder),
+            dim=16,
+            depth=1,
+            num_heads=2,
+            size=16,
+            limit=64,
+            epochs=1,
+            batch_size=32,
+            device="cpu",
+        )
+    )
     return folder
 
 
@@ -33,7 +45,9 @@ def record(run, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate, "ROOT", tmp_path)
 
     def call(*options):
-        evaluate.main([str(run / "weights.safetensors"), "--data", "shapes", *options, "--out", "some"])
+        evaluate.main(
+            [str(run / "weights.safetensors"), "--data", "shapes", *options, "--out", "some"]
+        )
         return json.loads((tmp_path / "book/runs/evaluate/some.json").read_text())
 
     return call
@@ -41,14 +55,22 @@ def record(run, tmp_path, monkeypatch):
 
 def test_rows_are_what_the_training_loop_finds(run, record):
     found = record("--sizes", "16", "24", "--mistakes", "5")
-    assert found["kind"] == "evaluate" and found["command"].startswith("python book/evaluate.py ")
+    assert found["kind"] == "evaluate" and found["command"].startswith(
+        "python book/tools/evaluate.py "
+    )
     assert [row["side"] for row in found["results"]] == [16, 24]
     model, classes = train.load_model(run / "weights.safetensors")
     for row in found["results"]:
         tests = data.load("shapes", "test", row["side"])
         expected = Classification.evaluate(model, tests)
-        assert row["top1"] == pytest.approx(expected["top1"]) and row["loss"] == pytest.approx(expected["loss"], rel=1e-4)
-        assert row["images"] == len(tests) and row["classes"] == list(classes) and row["copy"] == tests.copy
+        assert row["top1"] == pytest.approx(expected["top1"]) and row["loss"] == pytest.approx(
+            expected["loss"], rel=1e-4
+        )
+        assert (
+            row["images"] == len(tests)
+            and row["classes"] == list(classes)
+            and row["copy"] == tests.copy
+        )
         confusion = torch.tensor(row["confusion"])
         assert confusion.sum(1).tolist() == torch.bincount(tests.labels).tolist()
         assert confusion.trace().item() == pytest.approx(row["top1"] * len(tests))
@@ -70,13 +92,18 @@ def test_jpeg_compares_the_same_images(record):
     assert squeezed["jpeg"] == 5 and "jpeg" not in plain and squeezed["loss"] != plain["loss"]
     change = (squeezed["right_after_only"] - squeezed["right_before_only"]) / plain["images"]
     assert squeezed["top1"] - plain["top1"] == pytest.approx(change)
-    assert squeezed["right_after_only"] + squeezed["right_before_only"] > 0  # quality 5 moves something
+    assert (
+        squeezed["right_after_only"] + squeezed["right_before_only"] > 0
+    )  # quality 5 moves something
 
 
 def test_shipped_weights_are_halves_of_the_run_s(run, record, tmp_path):
     target = tmp_path / "weights/some.safetensors"
     (row,) = record("--ship", str(target))["results"]
-    assert row["weights"] == target.as_posix() and row["sha256"] == hashlib.sha256(target.read_bytes()).hexdigest()
+    assert (
+        row["weights"] == target.as_posix()
+        and row["sha256"] == hashlib.sha256(target.read_bytes()).hexdigest()
+    )
     with safe_open(run / "weights.safetensors", "pt") as whole, safe_open(target, "pt") as half:
         assert whole.metadata() == half.metadata() and sorted(whole.keys()) == sorted(half.keys())
         for name in half.keys():
@@ -114,16 +141,29 @@ def test_shipped_weights_lead_to_their_records(path):
     with safe_open(path, "pt") as file:
         about = json.loads(file.metadata()["about"])
         assert {file.get_slice(name).get_dtype() for name in file.keys()} <= {"F16", "I64"}
-    evaluated = [row for other in (ROOT / "book/runs/evaluate").glob("*.json")
-                 for row in json.loads(other.read_text())["results"] if row["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()]
-    assert evaluated, "no record in book/runs/evaluate/ has its checksum: run book/evaluate.py --ship again"
+    evaluated = [
+        row
+        for other in (ROOT / "book/runs/evaluate").glob("*.json")
+        for row in json.loads(other.read_text())["results"]
+        if row["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+    ]
+    assert evaluated, (
+        "no record in book/runs/evaluate/ has its checksum: run book/tools/evaluate.py --ship again"
+    )
     runs = [json.loads(other.read_text()) for other in (ROOT / "book/runs/train").rglob("*.json")]
-    mine = [r for r in runs if {k: v for k, v in r["config"].items() if k not in ("out", "device")} == about["config"]]
+    mine = [
+        r
+        for r in runs
+        if {k: v for k, v in r["config"].items() if k not in ("out", "device")} == about["config"]
+    ]
     assert len(mine) == 1, "no record in book/runs/train/ has its configuration"
     model, _ = train.load_model(path)
     assert sum(p.numel() for p in model.parameters()) == mine[0]["parameters"]
     same = [row for row in evaluated if row["copy"] in mine[0]["data"]["copy"]]
-    assert any(abs(row[score := row.get("score", "top1")] - mine[0]["results"][0][f"test_{score}"]) < 0.005 for row in same)
+    assert any(
+        abs(row[score := row.get("score", "top1")] - mine[0]["results"][0][f"test_{score}"]) < 0.005
+        for row in same
+    )
 
 
 @pytest.mark.parametrize("task", ["segmentation", "detection"])
@@ -131,15 +171,44 @@ def test_a_dense_task_gets_its_own_scores(task, tmp_path, monkeypatch):
     images = TASKS[task].load(recipe("shapes", task, size=32, limit=8), "train", 8)
     monkeypatch.setattr(evaluate, "ROOT", tmp_path)
     monkeypatch.setattr(TASKS[task], "load", staticmethod(lambda config, split, limit: images))
-    train.train(recipe("shapes", task, out=str(tmp_path / "run"), dim=16, depth=1, num_heads=2, epochs=1, batch_size=8,
-                       pyramid=16, device="cpu"))
-    evaluate.main([str(tmp_path / "run/weights.safetensors"), "--data", "shapes", "--mistakes", "1", "--ship",
-                   str(tmp_path / "half.safetensors"), "--out", "some"])
+    train.train(
+        recipe(
+            "shapes",
+            task,
+            out=str(tmp_path / "run"),
+            dim=16,
+            depth=1,
+            num_heads=2,
+            epochs=1,
+            batch_size=8,
+            pyramid=16,
+            device="cpu",
+        )
+    )
+    evaluate.main(
+        [
+            str(tmp_path / "run/weights.safetensors"),
+            "--data",
+            "shapes",
+            "--mistakes",
+            "1",
+            "--ship",
+            str(tmp_path / "half.safetensors"),
+            "--out",
+            "some",
+        ]
+    )
     (row,) = json.loads((tmp_path / "book/runs/evaluate/some.json").read_text())["results"]
     model, classes = train.load_model(tmp_path / "half.safetensors")
     expected = TASKS[task].evaluate(model, images)
-    assert {key: row[key] for key in expected} == pytest.approx(expected) and row["score"] == TASKS[task].score
+    assert {key: row[key] for key in expected} == pytest.approx(expected) and row["score"] == TASKS[
+        task
+    ].score
     assert row["images"] == 8 and ("precision" in row) == (task == "detection")
     if task == "detection":
-        assert all(len(curve) == 101 and kind in classes for kind, curve in row["precision"].items())
-        assert sum(sum(c) for c in row["precision"].values()) / 101 / len(row["precision"]) == pytest.approx(row["map50"], abs=1e-5)
+        assert all(
+            len(curve) == 101 and kind in classes for kind, curve in row["precision"].items()
+        )
+        assert sum(sum(c) for c in row["precision"].values()) / 101 / len(
+            row["precision"]
+        ) == pytest.approx(row["map50"], abs=1e-5)

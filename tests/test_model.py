@@ -8,7 +8,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from xvit_minimal import SoftmaxAttention, XNormAttention, XViT, model
-from xvit_minimal.model import SIZES, ClassAttentionBlock, ConvStem, LocalPatchInteraction, XViTBlock, cost
+from xvit_minimal.model import (
+    SIZES,
+    ClassAttentionBlock,
+    ConvStem,
+    LocalPatchInteraction,
+    XViTBlock,
+    cost,
+)
 
 PINNED = {  # parameters and multiply-adds of one image at the size's own resolution
     "xvit_pico": (280_466, 16_034_432),
@@ -29,7 +36,9 @@ XCIT = {  # the model of XCiT that has a size's width, depth and heads
 def tiny(**changes):
     """A model of 16 channels for images of 16 pixels, in eval."""
     torch.manual_seed(0)
-    sizes = dict(img_size=16, num_classes=5, dim=16, depth=2, num_heads=2, stem_stride=4, class_depth=1)
+    sizes = dict(
+        img_size=16, num_classes=5, dim=16, depth=2, num_heads=2, stem_stride=4, class_depth=1
+    )
     return XViT(**sizes | changes).eval()
 
 
@@ -73,11 +82,18 @@ def test_the_count_differs_from_timms_xcit_by_what_is_built_differently(name):
     more_parameters = (N * C + 2 * h * (depth + 2)) - (65 * C + 3 * C * (depth + 2) + h * depth)
     more_multiply_adds = 2 * (2 * N * C**2 + 2 * (N + 1) * C * (C // h - 1)) - 64 * C * N
     assert PINNED[name] == (parameters + more_parameters, multiply_adds + more_multiply_adds)
-    assert abs(more_parameters) < 0.01 * parameters and 0 < more_multiply_adds < 0.03 * multiply_adds
+    assert (
+        abs(more_parameters) < 0.01 * parameters and 0 < more_multiply_adds < 0.03 * multiply_adds
+    )
 
 
-@pytest.mark.parametrize("attention, products", [(XNormAttention, lambda N, C, d: 2 * N * C * d),
-                                                 (SoftmaxAttention, lambda N, C, d: 2 * N * N * C)])
+@pytest.mark.parametrize(
+    "attention, products",
+    [
+        (XNormAttention, lambda N, C, d: 2 * N * C * d),
+        (SoftmaxAttention, lambda N, C, d: 2 * N * N * C),
+    ],
+)
 def test_cost_equals_a_count_by_hand(attention, products):
     C, h, N, classes = 16, 2, 4 * 4, 5
     built = tiny(depth=1, attention=attention)
@@ -108,12 +124,17 @@ def test_cost_leaves_the_model_as_it_was():
 
 
 @pytest.mark.parametrize("class_depth", [0, 1, 2])
-@pytest.mark.parametrize("height, width", [(16, 16), (1, 1), (3, 16), (17, 30), (4, 400), (64, 64), (8, 8)])
+@pytest.mark.parametrize(
+    "height, width", [(16, 16), (1, 1), (3, 16), (17, 30), (4, 400), (64, 64), (8, 8)]
+)
 def test_any_input_size_in_any_mode(height, width, class_depth):
     built, x = tiny(class_depth=class_depth), images(2, 3, height, width)
     for mode in (True, False):
         features = built.train(mode).forward_features(x)
-        assert features.shape == (2, 16, math.ceil(height / 4), math.ceil(width / 4)) and features.isfinite().all()
+        assert (
+            features.shape == (2, 16, math.ceil(height / 4), math.ceil(width / 4))
+            and features.isfinite().all()
+        )
         assert built(x).shape == (2, 5) and built(x).isfinite().all()
 
 
@@ -158,7 +179,9 @@ def positions_seen(built, x):
 def test_positions_are_used_as_they_are_at_the_native_size():
     built = tiny(depth=0, img_size=(16, 24))
     assert built.positions.shape == (1, 16, 4, 6)
-    torch.testing.assert_close(positions_seen(built, images(2, 3, 16, 24)), built.positions.expand(2, -1, -1, -1))
+    torch.testing.assert_close(
+        positions_seen(built, images(2, 3, 16, 24)), built.positions.expand(2, -1, -1, -1)
+    )
     assert tiny(img_size=(13, 21)).positions.shape == (1, 16, 4, 6)  # a grid of padded images
 
 
@@ -168,10 +191,19 @@ def test_positions_are_interpolated_at_every_other_size():
     with torch.no_grad():
         built.positions[0, 0], built.positions[0, 1], built.positions[0, 2] = row, column, 7.0
         seen = positions_seen(built, images(1, 3, 64, 48))[0]  # a grid of 16 x 12
-    inside = slice(5, -5)  # away from the border, PyTorch's cubic kernel keeps a straight line to within 0.05
-    where_rows, where_columns = (torch.arange(16) + 0.5) / 2 - 0.5, (torch.arange(12) + 0.5) * 8 / 12 - 0.5
-    torch.testing.assert_close(seen[0][inside], where_rows[inside, None].expand(-1, 12), atol=0.06, rtol=0)
-    torch.testing.assert_close(seen[1][:, inside], where_columns[inside].expand(16, -1), atol=0.06, rtol=0)
+    inside = slice(
+        5, -5
+    )  # away from the border, PyTorch's cubic kernel keeps a straight line to within 0.05
+    where_rows, where_columns = (
+        (torch.arange(16) + 0.5) / 2 - 0.5,
+        (torch.arange(12) + 0.5) * 8 / 12 - 0.5,
+    )
+    torch.testing.assert_close(
+        seen[0][inside], where_rows[inside, None].expand(-1, 12), atol=0.06, rtol=0
+    )
+    torch.testing.assert_close(
+        seen[1][:, inside], where_columns[inside].expand(16, -1), atol=0.06, rtol=0
+    )
     torch.testing.assert_close(seen[2], torch.full((16, 12), 7.0), atol=1e-4, rtol=0)
 
 
@@ -207,7 +239,11 @@ def test_the_order_inside_the_stem_and_the_local_patch_interaction():
     stem, lpi, grid = ConvStem(16, 4).eval(), LocalPatchInteraction(16).eval(), (3, 4)
     for part in (stem, lpi):
         for norm in (m for m in part.modules() if isinstance(m, nn.BatchNorm2d)):
-            nn.init.normal_(norm.weight), nn.init.normal_(norm.bias), nn.init.normal_(norm.running_mean)
+            (
+                nn.init.normal_(norm.weight),
+                nn.init.normal_(norm.bias),
+                nn.init.normal_(norm.running_mean),
+            )
     x = images(2, 3, 16, 16)
     (conv1, norm1, _), (conv2, norm2) = stem
     torch.testing.assert_close(stem(x), norm2(conv2(F.gelu(norm1(conv1(x))))))
@@ -239,9 +275,15 @@ def test_in_class_attention_only_the_class_token_asks():
         heads = []
         for i in range(3):
             part = slice(d * i, d * i + d)
-            q, k, v = everything[b, 0] @ ask[part].T, everything[b] @ know[part].T, everything[b] @ tell[part].T
+            q, k, v = (
+                everything[b, 0] @ ask[part].T,
+                everything[b] @ know[part].T,
+                everything[b] @ tell[part].T,
+            )
             kv = k.T @ v  # (d, d)
-            heads.append(layer.gamma_q[i] * layer.gamma_kv[i] * (q / q.norm()) @ (kv / kv.norm(dim=0)))
+            heads.append(
+                layer.gamma_q[i] * layer.gamma_kv[i] * (q / q.norm()) @ (kv / kv.norm(dim=0))
+            )
         rows.append(torch.cat([head.flatten() for head in heads]))
     expected = token + layer.proj(torch.stack(rows)).unsqueeze(1)
     expected = expected + block.mlp.part(block.mlp.norm(expected))
@@ -259,7 +301,9 @@ def test_another_attention_takes_the_place_of_every_xnorm():
     kinds = {type(m) for m in tiny(attention=SoftmaxAttention).modules()}
     assert SoftmaxAttention in kinds and XNormAttention not in kinds
     ours, theirs = tiny().state_dict(), tiny(attention=SoftmaxAttention).state_dict()
-    assert {name for name in ours if name not in theirs} == {name for name in ours if "gamma" in name}
+    assert {name for name in ours if name not in theirs} == {
+        name for name in ours if "gamma" in name
+    }
     assert tiny(attention=SoftmaxAttention)(images(2, 3, 16, 16)).isfinite().all()
 
 
@@ -267,7 +311,11 @@ def test_another_attention_takes_the_place_of_every_xnorm():
 def test_layer_scale_starts_as_in_xcit(depth, start):
     scales = [p for name, p in tiny(depth=depth).named_parameters() if name.endswith("scale.scale")]
     assert len(scales) == 3 * depth + 2 and all(p.eq(start).all() for p in scales)
-    assert all(p.eq(0.1).all() for name, p in tiny(layer_scale=0.1).named_parameters() if name.endswith("scale.scale"))
+    assert all(
+        p.eq(0.1).all()
+        for name, p in tiny(layer_scale=0.1).named_parameters()
+        if name.endswith("scale.scale")
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------ training
@@ -281,7 +329,9 @@ def test_every_parameter_gets_a_finite_gradient(class_depth, lpi, layer_scale, s
     built = tiny(class_depth=class_depth, lpi=lpi, layer_scale=layer_scale).train()
     F.cross_entropy(built(images(4, 3, side, side)), torch.tensor([0, 1, 2, 3])).backward()
     for name, parameter in built.named_parameters():
-        assert parameter.grad is not None and parameter.grad.isfinite().all() and parameter.grad.any(), name
+        assert (
+            parameter.grad is not None and parameter.grad.isfinite().all() and parameter.grad.any()
+        ), name
 
 
 def test_stochastic_depth_drops_a_part_for_some_images_and_keeps_its_expectation():
@@ -345,17 +395,32 @@ def test_weights_survive_a_file(tmp_path):
 # -------------------------------------------------------------------------------------------------------------- errors
 
 
-@pytest.mark.parametrize("build, words", [
-    (lambda: tiny(stem_stride=3), ["stride of 3", "2, 4, 8 or 16"]),
-    (lambda: tiny(stem_stride=1), ["stride of 1", "2, 4, 8 or 16"]),
-    (lambda: tiny(stem_stride="4"), ["stride of '4'", "2, 4, 8 or 16"]),
-    (lambda: tiny(stem_stride=16, dim=12), ["dim=12", "stride of 16", "multiple of 8"]),
-    (lambda: tiny(num_heads=3), ["dim=16", "num_heads=3", "[1, 2, 4, 8, 16]"]),
-    (lambda: tiny()(torch.zeros(3, 16, 16)), ["(3, 16, 16)", "(batch, 3, height, width)", "add the batch axis"]),
-    (lambda: tiny()(torch.zeros(2, 1, 16, 16)), ["(2, 1, 16, 16)", "(batch, 3, height, width)", "repeat grey"]),
-    (lambda: tiny()(torch.zeros(2, 16, 16, 3)), ["(2, 16, 16, 3)", "(batch, 3, height, width)"]),
-    (lambda: tiny()(torch.zeros(2, 3, 16, 16, dtype=torch.uint8)), ["torch.uint8", "float images", "normalize"]),
-])
+@pytest.mark.parametrize(
+    "build, words",
+    [
+        (lambda: tiny(stem_stride=3), ["stride of 3", "2, 4, 8 or 16"]),
+        (lambda: tiny(stem_stride=1), ["stride of 1", "2, 4, 8 or 16"]),
+        (lambda: tiny(stem_stride="4"), ["stride of '4'", "2, 4, 8 or 16"]),
+        (lambda: tiny(stem_stride=16, dim=12), ["dim=12", "stride of 16", "multiple of 8"]),
+        (lambda: tiny(num_heads=3), ["dim=16", "num_heads=3", "[1, 2, 4, 8, 16]"]),
+        (
+            lambda: tiny()(torch.zeros(3, 16, 16)),
+            ["(3, 16, 16)", "(batch, 3, height, width)", "add the batch axis"],
+        ),
+        (
+            lambda: tiny()(torch.zeros(2, 1, 16, 16)),
+            ["(2, 1, 16, 16)", "(batch, 3, height, width)", "repeat grey"],
+        ),
+        (
+            lambda: tiny()(torch.zeros(2, 16, 16, 3)),
+            ["(2, 16, 16, 3)", "(batch, 3, height, width)"],
+        ),
+        (
+            lambda: tiny()(torch.zeros(2, 3, 16, 16, dtype=torch.uint8)),
+            ["torch.uint8", "float images", "normalize"],
+        ),
+    ],
+)
 def test_a_mistake_is_answered_with_what_to_do(build, words):
     with pytest.raises(ValueError) as error:
         build()

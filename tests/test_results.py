@@ -10,7 +10,7 @@ import pytest
 import torch
 from test_book import ROOT
 
-sys.path.insert(0, str(ROOT / "book"))
+sys.path.insert(0, str(ROOT / "book/tools"))
 import bench  # noqa: E402
 import results  # noqa: E402
 
@@ -51,13 +51,27 @@ def test_an_unknown_part_of_a_page_is_refused(run):
 
 
 def test_slopes_find_the_exponent():
-    rows = [{"what": "x", "pass": "forward", "tokens": N, "batch": B, "softmax_seconds": B * N**2, "xnorm_seconds": B * N,
-             "softmax_peak_bytes": 3 * B * N**2, "xnorm_peak_bytes": 5 * B * N}
-            for N, B in ((64, 128), (1024, 16), (4096, 4), (16384, 1))]
+    rows = [
+        {
+            "what": "x",
+            "pass": "forward",
+            "tokens": N,
+            "batch": B,
+            "softmax_seconds": B * N**2,
+            "xnorm_seconds": B * N,
+            "softmax_peak_bytes": 3 * B * N**2,
+            "xnorm_peak_bytes": 5 * B * N,
+        }
+        for N, B in ((64, 128), (1024, 16), (4096, 4), (16384, 1))
+    ]
     rows.append({**rows[1], "batch": 8, "xnorm_seconds": 1.0})  # another batch takes no part
     (fitted,) = bench.slopes(rows)
-    assert fitted["softmax_seconds_slope"] == pytest.approx(2) and fitted["xnorm_seconds_slope"] == pytest.approx(1)
-    assert fitted["softmax_peak_bytes_slope"] == pytest.approx(2) and fitted["xnorm_peak_bytes_slope"] == pytest.approx(1)
+    assert fitted["softmax_seconds_slope"] == pytest.approx(2) and fitted[
+        "xnorm_seconds_slope"
+    ] == pytest.approx(1)
+    assert fitted["softmax_peak_bytes_slope"] == pytest.approx(2) and fitted[
+        "xnorm_peak_bytes_slope"
+    ] == pytest.approx(1)
 
 
 @pytest.mark.parametrize("what", ["contiguous", "views", "module"])
@@ -70,7 +84,11 @@ def test_the_bench_measures_every_kind_of_row(what, backward):
 
 
 def test_the_rows_on_a_cpu_are_those_of_the_record(run):
-    rows = [(r["tokens"], r["batch"]) for r in run["results"] if (r["what"], r["pass"]) == ("contiguous", "forward")]
+    rows = [
+        (r["tokens"], r["batch"])
+        for r in run["results"]
+        if (r["what"], r["pass"]) == ("contiguous", "forward")
+    ]
     assert bench.shapes(torch.device("cpu")) == rows
 
 
@@ -79,16 +97,37 @@ def test_slopes_on_a_gpu_are_fitted_to_all_long_sequences():
     assert max(N for N, _ in shapes) == 65536 and all(N * B <= bench.GPU_TOKENS for N, B in shapes)
     chosen = [(N, B) for N, B in shapes if N >= min(bench.FITTED)]
     assert all(N * B == bench.GPU_TOKENS for N, B in chosen)
-    rows = [{"what": "x", "pass": "forward", "tokens": N, "batch": B, "softmax_seconds": B * N**2, "xnorm_seconds": B * N,
-             "softmax_peak_bytes": B, "xnorm_peak_bytes": B * (1e9 if N == 65536 else 1)} for N, B in shapes]
+    rows = [
+        {
+            "what": "x",
+            "pass": "forward",
+            "tokens": N,
+            "batch": B,
+            "softmax_seconds": B * N**2,
+            "xnorm_seconds": B * N,
+            "softmax_peak_bytes": B,
+            "xnorm_peak_bytes": B * (1e9 if N == 65536 else 1),
+        }
+        for N, B in shapes
+    ]
     (fitted,) = bench.slopes(rows)
-    assert fitted["softmax_seconds_slope"] == pytest.approx(2) and fitted["xnorm_seconds_slope"] == pytest.approx(1)
+    assert fitted["softmax_seconds_slope"] == pytest.approx(2) and fitted[
+        "xnorm_seconds_slope"
+    ] == pytest.approx(1)
     assert fitted["xnorm_peak_bytes_slope"] > 1  # the longest sequence counts
 
 
-@pytest.mark.parametrize("what, passes, peer", [("contiguous", False, "softmax"), ("views", True, "softmax"),
-                                                ("module", False, "softmax_compiled")])
-def test_on_a_gpu_the_compiled_form_is_measured_against_the_rate_of_a_copy(what, passes, peer, monkeypatch):
+@pytest.mark.parametrize(
+    "what, passes, peer",
+    [
+        ("contiguous", False, "softmax"),
+        ("views", True, "softmax"),
+        ("module", False, "softmax_compiled"),
+    ],
+)
+def test_on_a_gpu_the_compiled_form_is_measured_against_the_rate_of_a_copy(
+    what, passes, peer, monkeypatch
+):
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager", fullgraph=True))
     taken = {}
     in_turn = bench.in_turn
@@ -96,21 +135,33 @@ def test_on_a_gpu_the_compiled_form_is_measured_against_the_rate_of_a_copy(what,
     plain = bench.measure(what, 64, 2, passes, 1, torch.device("cpu"))
     assert set(taken) == {"softmax", "xnorm"}
     row = bench.measure(what, 64, 2, passes, 1, torch.device("cpu"), rate=1e9)
-    assert set(plain) < set(row)  # only more fields: what reads the record of a CPU reads that of a GPU
+    assert set(plain) < set(
+        row
+    )  # only more fields: what reads the record of a CPU reads that of a GPU
     assert row["compiled_ratio"] == taken[peer][0] / taken["xnorm_compiled"][0]
-    assert ("softmax_compiled_seconds" in row) == (what == "module") and row["xnorm_compiled_peak_bytes"] > 0
+    assert ("softmax_compiled_seconds" in row) == (what == "module") and row[
+        "xnorm_compiled_peak_bytes"
+    ] > 0
     assert ("bandwidth_share" in row) == (what == "contiguous")
     if what == "contiguous":
-        assert row["least_seconds"] == pytest.approx(4 * 2 * bench.HEADS * 64 * bench.D * 4 / 1e9)  # q, k, v, output; float32
+        assert row["least_seconds"] == pytest.approx(
+            4 * 2 * bench.HEADS * 64 * bench.D * 4 / 1e9
+        )  # q, k, v, output; float32
         assert row["bandwidth_share"] == row["least_seconds"] / row["xnorm_compiled_seconds"]
     line = bench.table([row]).splitlines()[-1]
-    assert f"{row['compiled_ratio']:.2f}x" in line and line.startswith(bench.table([plain]).splitlines()[-1][:40])
+    assert f"{row['compiled_ratio']:.2f}x" in line and line.startswith(
+        bench.table([plain]).splitlines()[-1][:40]
+    )
 
 
 def test_every_length_is_compiled_for_itself(monkeypatch):
     """torch gives up compiling a function anew after eight shapes, and from then on runs it as it is."""
     graphs = []
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=lambda graph, _: graphs.append(graph) or graph))
+    monkeypatch.setattr(
+        torch,
+        "compile",
+        partial(torch.compile, backend=lambda graph, _: graphs.append(graph) or graph),
+    )
     lengths = range(2, 12)
     for N in lengths:
         q = torch.randn(1, 2, N, 4)
@@ -131,7 +182,9 @@ def test_a_record_is_named_after_the_device(monkeypatch, tmp_path):
     monkeypatch.setattr(bench, "ROOT", tmp_path)
     for gpu, name in ((None, "attention-cpu.json"), ("some GPU", "attention-gpu.json")):
         path = bench.save("attention", {"hardware": {"gpu": gpu}}, 0.0, [{"tokens": 64}])
-        assert path == f"book/runs/bench/{name}" and json.loads((tmp_path / path).read_text())["results"] == [{"tokens": 64}]
+        assert path == f"book/runs/bench/{name}" and json.loads((tmp_path / path).read_text())[
+            "results"
+        ] == [{"tokens": 64}]
 
 
 def test_the_difference_of_the_modules_is_counted():

@@ -20,21 +20,33 @@ import yaml
 from conftest import RECORD
 from test_book import MACHINE_PATH, ROOT, cells, labels, nodes, prose, read, where
 
-_spec = importlib.util.spec_from_file_location("sync", ROOT / "book/sync.py")
+_spec = importlib.util.spec_from_file_location("sync", ROOT / "book/tools/sync.py")
 sync = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(sync)
 
 DEFINITION = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 ARROWS = {  # which of its own files a file of the package may import
-    "attention": set(), "data": set(), "record": set(), "model": {"attention"}, "baselines": {"attention"},
-    "dense": set(), "dense_data": {"data", "dense"}, "recipe": {"baselines", "data", "model"},
-    "tasks": {"data", "dense", "dense_data", "model", "recipe"}, "train": {"dense", "model", "recipe", "record", "tasks"},
+    "attention": set(),
+    "data": set(),
+    "record": set(),
+    "model": {"attention"},
+    "baselines": {"attention"},
+    "dense": set(),
+    "dense_data": {"data", "dense"},
+    "recipe": {"baselines", "data", "model"},
+    "tasks": {"data", "dense", "dense_data", "model", "recipe"},
+    "train": {"dense", "model", "recipe", "record", "tasks"},
 }
-COPIED = {"attention": {"torch"}, "model": {"torch", "torchvision"}}  # what a file that people copy out may need
+COPIED = {
+    "attention": {"torch"},
+    "model": {"torch", "torchvision"},
+}  # what a file that people copy out may need
 
 
 def notebooks(root):
-    return sorted(p for p in (root / "book").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
+    return sorted(
+        p for p in (root / "book").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts
+    )
 
 
 def modules(root):
@@ -42,8 +54,12 @@ def modules(root):
 
 
 def package_cells(root):
-    return [(p, i, c, file) for p in notebooks(root) for i, c in cells(p, "code")
-            if (file := sync.package_file(c)) and nodes(c)]
+    return [
+        (p, i, c, file)
+        for p in notebooks(root)
+        for i, c in cells(p, "code")
+        if (file := sync.package_file(c)) and nodes(c)
+    ]
 
 
 # --------------------------------------------------------------------------------------- the package and the chapters
@@ -54,40 +70,65 @@ def problems_in_shown_code(root):
     problems = []
     for path, i, cell, file in package_cells(root):
         if not (root / file).exists():
-            problems.append(f"{where(path, i)}: shows {file}, which does not exist: correct the first line")
+            problems.append(
+                f"{where(path, i)}: shows {file}, which does not exist: correct the first line"
+            )
             continue
-        known = {sync.defined_name(node): node for node in ast.parse((root / file).read_text(encoding="utf-8")).body}
+        known = {
+            sync.defined_name(node): node
+            for node in ast.parse((root / file).read_text(encoding="utf-8")).body
+        }
         for node in ast.parse(cell.source).body:
             name = sync.defined_name(node)
             if name is None or name not in known:
-                problems.append(f"{where(path, i)}: {ast.unparse(node)[:40]!r} is no definition of {file}: move it")
+                problems.append(
+                    f"{where(path, i)}: {ast.unparse(node)[:40]!r} is no definition of {file}: move it"
+                )
             elif ast.dump(node) != ast.dump(known[name]):
                 problems.append(f"{where(path, i)}: {name} differs from {file}: run make notebooks")
     for path in notebooks(root):
         for i, cell in cells(path, "code"):
             lines = cell.source.split("\n")
-            marked = [n for n, line in enumerate(lines) if re.match(r"(?i)\s*#+\s*xvit_minimal/\S*\s*$", line)]
+            marked = [
+                n
+                for n, line in enumerate(lines)
+                if re.match(r"(?i)\s*#+\s*xvit_minimal/\S*\s*$", line)
+            ]
             if marked and (marked != [0] or lines[0] != f"# {sync.package_file(cell)}"):
-                problems.append(f"{where(path, i)}: malformed path: make `# xvit_minimal/FILE.py` the first line")
+                problems.append(
+                    f"{where(path, i)}: malformed path: make `# xvit_minimal/FILE.py` the first line"
+                )
     return problems
 
 
 def problems_in_coverage(root):
     """Every public definition of the package is shown in some chapter."""
+
     def exported(body):
-        lists = [n.value for n in body if isinstance(n, ast.Assign) and sync.defined_name(n) == "__all__"]
+        lists = [
+            n.value for n in body if isinstance(n, ast.Assign) and sync.defined_name(n) == "__all__"
+        ]
         return {name for value in lists for name in ast.literal_eval(value)}
 
-    shown = {(file, sync.defined_name(n)) for *_, c, file in package_cells(root) for n in ast.parse(c.source).body}
-    everywhere = exported(ast.parse((root / "xvit_minimal/__init__.py").read_text(encoding="utf-8")).body)
+    shown = {
+        (file, sync.defined_name(n))
+        for *_, c, file in package_cells(root)
+        for n in ast.parse(c.source).body
+    }
+    everywhere = exported(
+        ast.parse((root / "xvit_minimal/__init__.py").read_text(encoding="utf-8")).body
+    )
     problems = []
     for module in modules(root):
         body = ast.parse(module.read_text(encoding="utf-8")).body
         public = {n.name for n in body if isinstance(n, DEFINITION) and not n.name.startswith("_")}
         public |= {sync.defined_name(n) for n in body} & (exported(body) | everywhere)
-        problems += [f"xvit_minimal/{module.name}: {name} is derived in no chapter: show it in a cell that starts with "
-                     f"`# xvit_minimal/{module.name}`" for name in sorted(public)
-                     if (f"xvit_minimal/{module.name}", name) not in shown]
+        problems += [
+            f"xvit_minimal/{module.name}: {name} is derived in no chapter: show it in a cell that starts with "
+            f"`# xvit_minimal/{module.name}`"
+            for name in sorted(public)
+            if (f"xvit_minimal/{module.name}", name) not in shown
+        ]
     return problems
 
 
@@ -97,28 +138,55 @@ def problems_in_setup(root):
         notebook = read(path)
         tagged = [i for i, c in enumerate(notebook.cells) if "setup" in c.metadata.get("tags", [])]
         if tagged != [1] or notebook.cells[1].source != sync.setup_source(root):
-            problems.append(f"{path.name}: set-up cells {tagged}: tag the second cell setup, and no other, and run "
-                            "make notebooks, which fills it")
+            problems.append(
+                f"{path.name}: set-up cells {tagged}: tag the second cell setup, and no other, and run "
+                "make notebooks, which fills it"
+            )
         try:
             if changed := sync.rewrite(copy.deepcopy(notebook), root):
-                problems.append(f"{path.name}: cells {changed} differ from their source: run make notebooks")
+                problems.append(
+                    f"{path.name}: cells {changed} differ from their source: run make notebooks"
+                )
         except (ValueError, SyntaxError) as error:
             problems.append(f"{path.name}: {error}")
     return problems
 
 
-@pytest.mark.parametrize("check, index, source, complaint", [
-    ("shown_code", 6, "# xvit_minimal/attention.py\ndef double(x):\n    '2x.'\n    return _times(x, 2)", "double dif"),
-    ("shown_code", 6, "# xvit_minimal/attention.py\ndef _times(x, n):\n    return n * x", "_times differs"),
-    ("shown_code", 6, "# xvit_minimal/attention.py\ndef triple(x): ...", "is no definition"),
-    ("shown_code", 6, "# xvit_minimal/attention.py\nprint(4)", "is no definition"),
-    ("shown_code", 6, "# xvit_minimal/gone.py\ndef double(x): ...", "does not exist"),
-    ("shown_code", 6, "import torch\n# xvit_minimal/attention.py\ndef double(x): ...", "malformed path"),
-    ("shown_code", 6, "#xvit_minimal/attention.py\ndef double(x): ...", "malformed path"),
-    ("coverage", 6, "# xvit_minimal/attention.py\ndef _times(x, n): ...", "double is derived in no chapter"),
-    ("setup", 1, "PACKAGE = 1", "tag the second cell"),
-    ("setup", 6, "# xvit_minimal/attention.py\ndef double(x): ...", "cells [6] differ"),
-])
+@pytest.mark.parametrize(
+    "check, index, source, complaint",
+    [
+        (
+            "shown_code",
+            6,
+            "# xvit_minimal/attention.py\ndef double(x):\n    '2x.'\n    return _times(x, 2)",
+            "double dif",
+        ),
+        (
+            "shown_code",
+            6,
+            "# xvit_minimal/attention.py\ndef _times(x, n):\n    return n * x",
+            "_times differs",
+        ),
+        ("shown_code", 6, "# xvit_minimal/attention.py\ndef triple(x): ...", "is no definition"),
+        ("shown_code", 6, "# xvit_minimal/attention.py\nprint(4)", "is no definition"),
+        ("shown_code", 6, "# xvit_minimal/gone.py\ndef double(x): ...", "does not exist"),
+        (
+            "shown_code",
+            6,
+            "import torch\n# xvit_minimal/attention.py\ndef double(x): ...",
+            "malformed path",
+        ),
+        ("shown_code", 6, "#xvit_minimal/attention.py\ndef double(x): ...", "malformed path"),
+        (
+            "coverage",
+            6,
+            "# xvit_minimal/attention.py\ndef _times(x, n): ...",
+            "double is derived in no chapter",
+        ),
+        ("setup", 1, "PACKAGE = 1", "tag the second cell"),
+        ("setup", 6, "# xvit_minimal/attention.py\ndef double(x): ...", "cells [6] differ"),
+    ],
+)
 def test_fault_in_a_cell_is_reported(tree, chapter, check, index, source, complaint):
     chapter(index, source=source)
     assert complaint in "\n".join(globals()[f"problems_in_{check}"](tree))
@@ -135,7 +203,11 @@ def run_setup(monkeypatch, folder, source, modules=()):
 
     def run(command, real=subprocess.run):
         commands.append(command)
-        return real(command, cwd=folder, stderr=subprocess.DEVNULL) if command[0] == "git" else subprocess.CompletedProcess(command, 0)
+        return (
+            real(command, cwd=folder, stderr=subprocess.DEVNULL)
+            if command[0] == "git"
+            else subprocess.CompletedProcess(command, 0)
+        )
 
     cell = sync.setup_source(ROOT).split("for name, pip_name in")[0]
     cell = re.sub(r'SOURCE = ".*"', f'SOURCE = "{source}"', cell)
@@ -157,9 +229,13 @@ def test_setup_on_colab_clones_the_pinned_ref_and_leaves_torch_alone(tmp_path, m
     for command in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "one"], ["tag", "v1"]):
         subprocess.run([*git, *command], check=True)
     clone, pip = run_setup(monkeypatch, here, f"file://{origin}@v1", ["google.colab"])
-    assert clone[:2] == ["git", "clone"] and (here / "xvit/_toc.yml").exists()  # where the cell looks for BOOK
+    assert (
+        clone[:2] == ["git", "clone"] and (here / "xvit/_toc.yml").exists()
+    )  # where the cell looks for BOOK
     assert pip[1:4] == ["-m", "pip", "install"] and "--no-deps" in pip and pip[-1] == "./xvit"
-    with pytest.raises(ModuleNotFoundError, match="could not install .*check the runtime's network"):
+    with pytest.raises(
+        ModuleNotFoundError, match="could not install .*check the runtime's network"
+    ):
         run_setup(monkeypatch, here, f"file://{origin}@gone", ["google.colab"])
     with pytest.raises(ModuleNotFoundError, match="run `make book`"):
         run_setup(monkeypatch, here, f"file://{origin}@v1")
@@ -171,32 +247,53 @@ def test_setup_on_colab_clones_the_pinned_ref_and_leaves_torch_alone(tmp_path, m
 def problems_in_labels(root):
     seen = [(label, where(p, i)) for p in notebooks(root) for i, label in labels(p)]
     known = [label for label, _ in seen]
-    problems = [f"{place}: the label {label} is taken: choose another name" for n, (label, place) in enumerate(seen)
-                if label in known[:n]]
-    return problems + [f"{where(p, i)}: ({label}) is no equation of the book: correct the name" for p in notebooks(root)
-                       for i, c in cells(p, "markdown") for label in re.findall(r"\((eq-[^)\s]*)\)", prose(c.source))
-                       if label not in known]
+    problems = [
+        f"{place}: the label {label} is taken: choose another name"
+        for n, (label, place) in enumerate(seen)
+        if label in known[:n]
+    ]
+    return problems + [
+        f"{where(p, i)}: ({label}) is no equation of the book: correct the name"
+        for p in notebooks(root)
+        for i, c in cells(p, "markdown")
+        for label in re.findall(r"\((eq-[^)\s]*)\)", prose(c.source))
+        if label not in known
+    ]
 
 
 def problems_in_contents(root):
     def entries(node):
         if isinstance(node, dict):
-            return [v for k, v in node.items() if k in ("root", "file")] + entries(list(node.values()))
+            return [v for k, v in node.items() if k in ("root", "file")] + entries(
+                list(node.values())
+            )
         return [e for child in node for e in entries(child)] if isinstance(node, list) else []
 
     listed = entries(yaml.safe_load((root / "_toc.yml").read_text(encoding="utf-8")))
     pages = [p.relative_to(root) for p in notebooks(root) + sorted((root / "book").rglob("*.md"))]
     stems = [p.with_suffix("").as_posix() for p in pages]
-    problems = [f"_toc.yml: {e} is no .ipynb or .md file: write it or take the entry out" for e in listed
-                if e not in stems]
-    problems += [f"{page}: not in _toc.yml: add it there" for page, stem in zip(pages, stems) if stem not in listed]
-    problems += [f"{e}: twice in _toc.yml or under book/: keep one" for e in sorted({*listed})
-                 if max(listed.count(e), stems.count(e)) > 1]
+    problems = [
+        f"_toc.yml: {e} is no .ipynb or .md file: write it or take the entry out"
+        for e in listed
+        if e not in stems
+    ]
+    problems += [
+        f"{page}: not in _toc.yml: add it there"
+        for page, stem in zip(pages, stems)
+        if stem not in listed
+    ]
+    problems += [
+        f"{e}: twice in _toc.yml or under book/: keep one"
+        for e in sorted({*listed})
+        if max(listed.count(e), stems.count(e)) > 1
+    ]
     return problems + ([] if notebooks(root) else ["book/: no chapters at all"])
 
 
 def problems_in_references(root):
-    sources = {p.name: "\n".join(c.source for _, c in cells(p, "markdown")) for p in notebooks(root)}
+    sources = {
+        p.name: "\n".join(c.source for _, c in cells(p, "markdown")) for p in notebooks(root)
+    }
     pages = {p.name: p.read_text(encoding="utf-8") for p in sorted((root / "book").rglob("*.md"))}
     sources.update(pages)
     bib = root / "book/references.bib"
@@ -207,30 +304,62 @@ def problems_in_references(root):
     text = "\n".join(sources.values())
     arxiv = r"arxiv\.org/abs/([a-z-]+/\d{7}|\d{4}\.\d{4,5})"
     linked = {name: re.findall(arxiv, source) for name, source in sources.items()}
-    cited = {k.strip() for group in re.findall(r"\{cite[\w:]*\}`([^`]+)`", text) for k in group.split(",")}
-    problems = [f"{name}: arXiv {i} is not in book/references.bib: add an entry with eprint = {{{i}}}"
-                for name, found in linked.items() for i in sorted({*found} - {*keys})]
-    problems += [f"book/references.bib: {key} is cited nowhere: link https://arxiv.org/abs/{i} or take it out"
-                 for i, key in keys.items() if key not in cited and not any(i in found for found in linked.values())]
+    cited = {
+        k.strip()
+        for group in re.findall(r"\{cite[\w:]*\}`([^`]+)`", text)
+        for k in group.split(",")
+    }
+    problems = [
+        f"{name}: arXiv {i} is not in book/references.bib: add an entry with eprint = {{{i}}}"
+        for name, found in linked.items()
+        for i in sorted({*found} - {*keys})
+    ]
+    problems += [
+        f"book/references.bib: {key} is cited nowhere: link https://arxiv.org/abs/{i} or take it out"
+        for i, key in keys.items()
+        if key not in cited and not any(i in found for found in linked.values())
+    ]
     for name, source in pages.items():
         figures = len(re.findall(r"(?m)^\s*(?:```+|:::+)\s*\{(?:figure|image)\}", source))
-        if re.search(r"!\[\s*\]", prose(source)) or figures > len(re.findall(r"(?m)^\s*:alt: *\S", source)):
-            problems.append(f"{name}: an image without alt text: write ![what is seen](...) or :alt: what is seen")
+        if re.search(r"!\[\s*\]", prose(source)) or figures > len(
+            re.findall(r"(?m)^\s*:alt: *\S", source)
+        ):
+            problems.append(
+                f"{name}: an image without alt text: write ![what is seen](...) or :alt: what is seen"
+            )
     return problems
 
 
-@pytest.mark.parametrize("check, file, text, complaint", [
-    (problems_in_labels, "book/part1/02_again.ipynb", None, "eq-double is taken"),
-    (problems_in_contents, "book/part1/02_again.ipynb", None, "not in _toc.yml"),
-    (problems_in_contents, "book/page.md", "# Page", "not in _toc.yml"),
-    (problems_in_contents, "book/part1/01_double.md", "# Double", "keep one"),
-    (problems_in_contents, "_toc.yml", "root: book/index\nchapters:\n- file: book/gone", "book/gone is no"),
-    (problems_in_references, "book/index.md", "https://arxiv.org/abs/2205.13805", "2205.13805 is not in"),
-    (problems_in_references, "book/references.bib", "", "1706.03762 is not in"),
-    (problems_in_references, "book/references.bib", "@misc{b,\n eprint = {0000.00000}}", "b is cited nowhere"),
-    (problems_in_references, "book/index.md", "![](cat.png)", "without alt text"),
-    (problems_in_references, "book/index.md", "```{figure} cat.png\n```", "without alt text"),
-])
+@pytest.mark.parametrize(
+    "check, file, text, complaint",
+    [
+        (problems_in_labels, "book/part1/02_again.ipynb", None, "eq-double is taken"),
+        (problems_in_contents, "book/part1/02_again.ipynb", None, "not in _toc.yml"),
+        (problems_in_contents, "book/page.md", "# Page", "not in _toc.yml"),
+        (problems_in_contents, "book/part1/01_double.md", "# Double", "keep one"),
+        (
+            problems_in_contents,
+            "_toc.yml",
+            "root: book/index\nchapters:\n- file: book/gone",
+            "book/gone is no",
+        ),
+        (
+            problems_in_references,
+            "book/index.md",
+            "https://arxiv.org/abs/2205.13805",
+            "2205.13805 is not in",
+        ),
+        (problems_in_references, "book/references.bib", "", "1706.03762 is not in"),
+        (
+            problems_in_references,
+            "book/references.bib",
+            "@misc{b,\n eprint = {0000.00000}}",
+            "b is cited nowhere",
+        ),
+        (problems_in_references, "book/index.md", "![](cat.png)", "without alt text"),
+        (problems_in_references, "book/index.md", "```{figure} cat.png\n```", "without alt text"),
+    ],
+)
 def test_fault_in_a_file_is_reported(tree, check, file, text, complaint):
     old = (tree / "book/part1/01_double.ipynb").read_text(encoding="utf-8")
     (tree / file).write_text(old if text is None else text, encoding="utf-8")
@@ -264,8 +393,11 @@ def iso(text):
 
 
 def has(fields, maybe_null=()):
-    return lambda value: (isinstance(value, dict) and all(value.get(key) is not None for key in fields.split())
-                          and all(key in value for key in maybe_null))
+    return lambda value: (
+        isinstance(value, dict)
+        and all(value.get(key) is not None for key in fields.split())
+        and all(key in value for key in maybe_null)
+    )
 
 
 def objects(value):
@@ -274,21 +406,34 @@ def objects(value):
 
 EVERY_RUN = {  # key: (what it has to be, in words)
     "kind": (lambda v: v in ("bench", "train", "evaluate"), '"bench", "train" or "evaluate"'),
-    "command": (lambda v: isinstance(v, str) and v.split(" ")[0] in ("python", "make"), "a command of python or make"),
+    "command": (
+        lambda v: isinstance(v, str) and v.split(" ")[0] in ("python", "make"),
+        "a command of python or make",
+    ),
     "config": (lambda v: isinstance(v, dict), "an object"),
     "seed": (lambda v: type(v) is int, "an integer"),
-    "commit": (lambda v: bool(re.fullmatch(r"[0-9a-f]{7,40}", str(v))), "a commit's hash: commit, then run again"),
+    "commit": (
+        lambda v: bool(re.fullmatch(r"[0-9a-f]{7,40}", str(v))),
+        "a commit's hash: commit, then run again",
+    ),
     "versions": (has("python torch"), "an object with python and torch"),
-    "hardware": (has("cpu cores", ("gpu", "driver")), "an object with cpu, cores, gpu, driver (or null, null)"),
+    "hardware": (
+        has("cpu cores", ("gpu", "driver")),
+        "an object with cpu, cores, gpu, driver (or null, null)",
+    ),
     "started": (iso, "a date and time in ISO 8601"),
     "wall_seconds": (lambda v: number(v) and v > 0, "a positive number"),
-    "results": (lambda v: objects(v) and all(any(map(number, r.values())) for r in v),
-                "a list of objects with numbers"),
+    "results": (
+        lambda v: objects(v) and all(any(map(number, r.values())) for r in v),
+        "a list of objects with numbers",
+    ),
 }
 TRAINING = {
     "data": (has("name copy splits"), "an object with name, copy and splits"),
     "epochs": (objects, "a list of objects, one an epoch"),
-    **dict.fromkeys(("parameters", "multiply_adds", "peak_memory_bytes"), EVERY_RUN["wall_seconds"]),
+    **dict.fromkeys(
+        ("parameters", "multiply_adds", "peak_memory_bytes"), EVERY_RUN["wall_seconds"]
+    ),
 }
 OPTIONAL = {"slopes"}  # fitted to the rows of a bench
 
@@ -305,24 +450,47 @@ def problems_in_records(root):
             problems.append(f"{path.name}: no JSON object ({record!r:.60}): record the run again")
             continue
         wanted = {**EVERY_RUN, **(TRAINING if record.get("kind") == "train" else {})}
-        problems += [f"{path.name}: {key} is {record.get(key)!r:.60}, expected {words}"
-                     for key, (fits, words) in wanted.items() if not fits(record.get(key))]
-        problems += [f"{path.name}: unknown key {key}: take it out or add it to tests/test_sync.py"
-                     for key in record if key not in {*wanted, *OPTIONAL}]
+        problems += [
+            f"{path.name}: {key} is {record.get(key)!r:.60}, expected {words}"
+            for key, (fits, words) in wanted.items()
+            if not fits(record.get(key))
+        ]
+        problems += [
+            f"{path.name}: unknown key {key}: take it out or add it to tests/test_sync.py"
+            for key in record
+            if key not in {*wanted, *OPTIONAL}
+        ]
         if not finite(record):
-            problems.append(f"{path.name}: a number is not finite: record null, and why, or mend the run")
+            problems.append(
+                f"{path.name}: a number is not finite: record null, and why, or mend the run"
+            )
         if found := MACHINE_PATH.search(text):
-            problems.append(f"{path.name}: names a place on one machine ({found[0]}...): take it out")
+            problems.append(
+                f"{path.name}: names a place on one machine ({found[0]}...): take it out"
+            )
     return problems
 
 
-@pytest.mark.parametrize("key, value", [
-    *[(key, None) for key in {**EVERY_RUN, **TRAINING}], ("command", ""), ("command", "rm -rf"), ("seed", True),
-    ("commit", "0123abcd-dirty"), ("hardware", {"cpu": "some", "cores": 2}), ("versions", {"python": "3.12"}),
-    ("hardware", {"cpu": None, "cores": 2, "gpu": None, "driver": None}), ("started", "now"), ("wall_seconds", -1),
-    ("results", []), ("results", [{"accuracy": "high"}]), ("epochs", [{"loss": float("nan")}]),
-    ("config", {"data": "/home/ada/data"}), ("accuracy", 0.5),
-])
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        *[(key, None) for key in {**EVERY_RUN, **TRAINING}],
+        ("command", ""),
+        ("command", "rm -rf"),
+        ("seed", True),
+        ("commit", "0123abcd-dirty"),
+        ("hardware", {"cpu": "some", "cores": 2}),
+        ("versions", {"python": "3.12"}),
+        ("hardware", {"cpu": None, "cores": 2, "gpu": None, "driver": None}),
+        ("started", "now"),
+        ("wall_seconds", -1),
+        ("results", []),
+        ("results", [{"accuracy": "high"}]),
+        ("epochs", [{"loss": float("nan")}]),
+        ("config", {"data": "/home/ada/data"}),
+        ("accuracy", 0.5),
+    ],
+)
 def test_fault_in_a_record_is_reported(tree, key, value):
     (tree / "book/runs/two.json").write_text(json.dumps({**RECORD, key: value}), encoding="utf-8")
     assert "two.json" in "\n".join(problems_in_records(tree))
@@ -339,12 +507,25 @@ def test_damaged_record_is_reported(tree):
 def files(root):
     """The files of the repository: what git tracks or would add, or, without git, all but what is made or fetched."""
     if (root / ".git").exists() and shutil.which("git"):
-        command = ["git", "-C", root, "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+        command = [
+            "git",
+            "-C",
+            root,
+            "ls-files",
+            "-z",
+            "--cached",
+            "--others",
+            "--exclude-standard",
+        ]
         if not (listing := subprocess.run(command, capture_output=True)).returncode:
             names = os.fsdecode(listing.stdout).split("\0")
             return [root / name for name in names if name and (root / name).is_file()]
     made = {".git", ".venv", "_build", "data", "__pycache__"}
-    return [p for p in sorted(root.rglob("*")) if p.is_file() and not made & {*p.relative_to(root).parts}]
+    return [
+        p
+        for p in sorted(root.rglob("*"))
+        if p.is_file() and not made & {*p.relative_to(root).parts}
+    ]
 
 
 def imports(module):
@@ -360,38 +541,59 @@ def imports(module):
             continue
         for name in found:
             top, _, rest = name.partition(".")
-            yield top, rest.split(".")[0] if top == "xvit_minimal" else top if top in ARROWS else None
+            yield (
+                top,
+                rest.split(".")[0] if top == "xvit_minimal" else top if top in ARROWS else None,
+            )
 
 
 def problems_in_repository(root):
     most = {".safetensors": 5_000_000}  # weights that ship with the book
-    problems = [f"{p.relative_to(root)}: {p.stat().st_size:,} bytes, more than {most.get(p.suffix, 1_000_000):,}: make it "
-                "smaller or fetch it" for p in files(root) if p.stat().st_size > most.get(p.suffix, 1_000_000)]
-    problems += [f"{p.relative_to(root)}: say in the name what it holds" for p in files(root)
-                 if p.suffix == ".py" and {p.stem, p.parent.name} & {"utils", "common", "misc"}]
+    problems = [
+        f"{p.relative_to(root)}: {p.stat().st_size:,} bytes, more than {most.get(p.suffix, 1_000_000):,}: make it "
+        "smaller or fetch it"
+        for p in files(root)
+        if p.stat().st_size > most.get(p.suffix, 1_000_000)
+    ]
+    problems += [
+        f"{p.relative_to(root)}: say in the name what it holds"
+        for p in files(root)
+        if p.suffix == ".py" and {p.stem, p.parent.name} & {"utils", "common", "misc"}
+    ]
     for module in modules(root):
         if (lines := len(module.read_text(encoding="utf-8").splitlines())) > 350:
-            problems.append(f"xvit_minimal/{module.name}: {lines} lines, more than 350: split or shorten it")
+            problems.append(
+                f"xvit_minimal/{module.name}: {lines} lines, more than 350: split or shorten it"
+            )
         for top, own in imports(module):
             if own is not None and own not in ARROWS.get(module.stem, set()):
-                problems.append(f"xvit_minimal/{module.name}: imports {own} of the package, against its one direction")
-            elif own is None and top not in COPIED.get(module.stem, {top}) | sys.stdlib_module_names:
-                problems.append(f"xvit_minimal/{module.name}: imports {top}: it has to work with "
-                                f"{' and '.join(sorted(COPIED[module.stem]))} alone")
+                problems.append(
+                    f"xvit_minimal/{module.name}: imports {own} of the package, against its one direction"
+                )
+            elif (
+                own is None and top not in COPIED.get(module.stem, {top}) | sys.stdlib_module_names
+            ):
+                problems.append(
+                    f"xvit_minimal/{module.name}: imports {top}: it has to work with "
+                    f"{' and '.join(sorted(COPIED[module.stem]))} alone"
+                )
     return problems
 
 
-@pytest.mark.parametrize("file, text, complaint", [
-    ("big.bin", "0" * 1_000_001, "more than 1,000,000"),
-    ("big.safetensors", "0" * 5_000_001, "more than 5,000,000"),
-    ("xvit_minimal/utils.py", "", "say in the name"),
-    ("xvit_minimal/model.py", "\n" * 351, "more than 350"),
-    ("xvit_minimal/attention.py", "def f():\n    from .model import XViT", "imports model"),
-    ("xvit_minimal/attention.py", "import data", "imports data"),
-    ("xvit_minimal/attention.py", "from xvit_minimal import xnorm", "imports xnorm"),
-    ("xvit_minimal/attention.py", "import einops", "torch alone"),
-    ("xvit_minimal/model.py", "from . import train", "imports train"),
-])
+@pytest.mark.parametrize(
+    "file, text, complaint",
+    [
+        ("big.bin", "0" * 1_000_001, "more than 1,000,000"),
+        ("big.safetensors", "0" * 5_000_001, "more than 5,000,000"),
+        ("xvit_minimal/utils.py", "", "say in the name"),
+        ("xvit_minimal/model.py", "\n" * 351, "more than 350"),
+        ("xvit_minimal/attention.py", "def f():\n    from .model import XViT", "imports model"),
+        ("xvit_minimal/attention.py", "import data", "imports data"),
+        ("xvit_minimal/attention.py", "from xvit_minimal import xnorm", "imports xnorm"),
+        ("xvit_minimal/attention.py", "import einops", "torch alone"),
+        ("xvit_minimal/model.py", "from . import train", "imports train"),
+    ],
+)
 def test_fault_in_the_repository_is_reported(tree, file, text, complaint):
     (tree / file).write_text(text, encoding="utf-8")
     assert complaint in "\n".join(problems_in_repository(tree))
@@ -412,7 +614,9 @@ def numbers_of_copy(file, folder):
     """Copy one file into an empty folder and use it from a new process to which the package is not there."""
     shutil.copy(file, folder / "attention.py")
     script = f"import sys\nsys.modules['xvit_minimal'] = None\nimport attention\n{NUMBERS}\nprint(numbers)"
-    run = subprocess.run([sys.executable, "-E", "-c", script], cwd=folder, capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, "-E", "-c", script], cwd=folder, capture_output=True, text=True
+    )
     assert run.returncode == 0, f"a copy of {file.name} does not work by itself:\n{run.stderr}"
     return json.loads(run.stdout)
 
@@ -422,21 +626,34 @@ def test_attention_works_copied_out_by_itself(tmp_path):
 
     here = {"attention": attention}
     exec(NUMBERS, here)
-    assert numbers_of_copy(ROOT / "xvit_minimal/attention.py", tmp_path) == pytest.approx(here["numbers"], rel=1e-12)
+    assert numbers_of_copy(ROOT / "xvit_minimal/attention.py", tmp_path) == pytest.approx(
+        here["numbers"], rel=1e-12
+    )
 
 
 @pytest.mark.parametrize("line", ["from xvit_minimal import data", "from .data import shapes"])
 def test_copy_that_needs_the_package_is_reported(tmp_path, line):
     source = tmp_path / "changed.py"
-    source.write_text(line + "\n" + (ROOT / "xvit_minimal/attention.py").read_text(encoding="utf-8"), encoding="utf-8")
+    source.write_text(
+        line + "\n" + (ROOT / "xvit_minimal/attention.py").read_text(encoding="utf-8"),
+        encoding="utf-8",
+    )
     with pytest.raises(AssertionError, match="does not work by itself"):
         numbers_of_copy(source, tmp_path)
 
 
 # ------------------------------------------------------------------------- a repository without a fault, the real one
 
-CHECKS = [problems_in_shown_code, problems_in_coverage, problems_in_setup, problems_in_labels, problems_in_contents,
-          problems_in_references, problems_in_records, problems_in_repository]
+CHECKS = [
+    problems_in_shown_code,
+    problems_in_coverage,
+    problems_in_setup,
+    problems_in_labels,
+    problems_in_contents,
+    problems_in_references,
+    problems_in_records,
+    problems_in_repository,
+]
 
 
 @pytest.mark.parametrize("check", CHECKS)

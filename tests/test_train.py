@@ -23,11 +23,32 @@ from torch import nn
 from xvit_minimal import data, record, train
 from xvit_minimal.baselines import XCA
 from xvit_minimal.model import SIZES, XViT
-from xvit_minimal.recipe import DENSE, RECIPES, Config, build, command, learning_rate, parameter_groups, parse, recipe
+from xvit_minimal.recipe import (
+    DENSE,
+    RECIPES,
+    Config,
+    build,
+    command,
+    learning_rate,
+    parameter_groups,
+    parse,
+    recipe,
+)
 from xvit_minimal.tasks import Classification
 
-TINY = dict(limit=64, batch_size=16, epochs=3, dim=8, depth=1, num_heads=2, save_steps=1, eval_epochs=3, drop_path=0.1,
-            mix=0.4, device="cpu")  # 12 steps, with every source of randomness
+TINY = dict(
+    limit=64,
+    batch_size=16,
+    epochs=3,
+    dim=8,
+    depth=1,
+    num_heads=2,
+    save_steps=1,
+    eval_epochs=3,
+    drop_path=0.1,
+    mix=0.4,
+    device="cpu",
+)  # 12 steps, with every source of randomness
 
 
 def tiny(folder, **changes):
@@ -49,44 +70,77 @@ def whole(tmp_path_factory):
 def run_of(folder, **changes):
     """A Run in this process that has not begun."""
     config = tiny(folder, amp=False, compile=False, **changes)
-    return train.Run(config, data.load("shapes", "train", limit=config.limit), data.shapes(40, seed=1), torch.device("cpu"))
+    return train.Run(
+        config,
+        data.load("shapes", "train", limit=config.limit),
+        data.shapes(40, seed=1),
+        torch.device("cpu"),
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------- recipe
 
 
-@pytest.mark.parametrize("changes, message", [
-    (dict(model="xvit_nan"), "nearest is 'xvit_nano'"), (dict(attention="xnrom"), "nearest is 'xnorm'"),
-    (dict(augment="flop"), "nearest is 'flip'"), (dict(epochs=0), "epochs=0, expected at least 1"),
-    (dict(batch_size=1), "BatchNorm"), (dict(lr=math.nan), "lr=nan"), (dict(lr=0), "positive"), (dict(mix=1.5), "0 to 1"),
-    (dict(ema=1.0), "below 1"), (dict(seed=-1), "seed=-1"), (dict(limit=0), "limit=0"), (dict(warmup=-1), "warmup"),
-    (dict(attention="none"), "class_depth to 0"),
-])
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(model="xvit_nan"), "nearest is 'xvit_nano'"),
+        (dict(attention="xnrom"), "nearest is 'xnorm'"),
+        (dict(augment="flop"), "nearest is 'flip'"),
+        (dict(epochs=0), "epochs=0, expected at least 1"),
+        (dict(batch_size=1), "BatchNorm"),
+        (dict(lr=math.nan), "lr=nan"),
+        (dict(lr=0), "positive"),
+        (dict(mix=1.5), "0 to 1"),
+        (dict(ema=1.0), "below 1"),
+        (dict(seed=-1), "seed=-1"),
+        (dict(limit=0), "limit=0"),
+        (dict(warmup=-1), "warmup"),
+        (dict(attention="none"), "class_depth to 0"),
+    ],
+)
 def test_a_mistake_in_the_configuration_is_named(changes, message):
     with pytest.raises(ValueError, match=message):
         recipe("cifar10", **changes)
 
 
 def test_recipes_change_only_what_a_config_has():
-    assert all(set(changes) <= set(vars(Config())) for changes in (*RECIPES.values(), *DENSE.values()))
-    assert recipe("a/b").out == "runs/b" and recipe("shapes").model == "xvit_pico" and recipe("cifar10") == Config(
-        data="cifar10", out="runs/cifar10")
+    assert all(
+        set(changes) <= set(vars(Config())) for changes in (*RECIPES.values(), *DENSE.values())
+    )
+    assert (
+        recipe("a/b").out == "runs/b"
+        and recipe("shapes").model == "xvit_pico"
+        and recipe("cifar10") == Config(data="cifar10", out="runs/cifar10")
+    )
 
 
-@pytest.mark.parametrize("line", [
-    "", "--data cifar10 --model xvit_nano --epochs 100 --out runs/x", "--no-lpi --amp --no-compile --mix 0.5 --lr 0.1",
-    "--data 'a folder' --attention xca --device cpu",
-])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "",
+        "--data cifar10 --model xvit_nano --epochs 100 --out runs/x",
+        "--no-lpi --amp --no-compile --mix 0.5 --lr 0.1",
+        "--data 'a folder' --attention xca --device cpu",
+    ],
+)
 def test_a_command_makes_its_configuration_again(line):
     import shlex
+
     config = parse(shlex.split(line))
     assert parse(shlex.split(command(config))[3:]) == config
 
 
-@pytest.mark.parametrize("line, message", [
-    (["--epoch", "3"], "nearest is --epochs"), (["--model", "xvit_nan"], "'xvit_nano'"), (["--lr", "fast"], "invalid float"),
-    (["cifar10"], "expected an option"), (["--epochs", "0"], "at least 1"),
-])
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        (["--epoch", "3"], "nearest is --epochs"),
+        (["--model", "xvit_nan"], "'xvit_nano'"),
+        (["--lr", "fast"], "invalid float"),
+        (["cifar10"], "expected an option"),
+        (["--epochs", "0"], "at least 1"),
+    ],
+)
 def test_a_mistake_on_the_command_line_ends_with_what_is_wrong(line, message, capsys):
     with pytest.raises(SystemExit) as end:
         parse(line)
@@ -97,26 +151,68 @@ def test_help_explains_every_option(capsys):
     with pytest.raises(SystemExit) as end:
         parse(["--help"])
     text = capsys.readouterr().out
-    assert end.value.code == 0 and all(f"--{name.replace('_', '-')}" in text for name in vars(Config()))
+    assert end.value.code == 0 and all(
+        f"--{name.replace('_', '-')}" in text for name in vars(Config())
+    )
     assert "examples:" in text and "torchrun" in text
 
 
 def test_a_config_builds_the_model_it_names():
-    model = build(recipe("shapes", model="xvit_nano", dim=48, depth=2, class_depth=0, attention="xca", lpi=False), 7, 24)
-    assert isinstance(model.blocks[0].attention.part, XCA) and len(model.blocks) == 2 and model.blocks[0].lpi is None
-    assert model(torch.zeros(1, 3, 24, 24)).shape == (1, 7) and model.positions.shape == (1, 48, 12, 12)
-    sizes = [sum(p.numel() for p in build(recipe(model=name), 10, 32).parameters()) for name in ("xvit_pico", "xvit_nano")]
-    assert sizes == [sum(p.numel() for p in XViT(**SIZES[name]).parameters()) for name in ("xvit_pico", "xvit_nano")]
+    model = build(
+        recipe(
+            "shapes", model="xvit_nano", dim=48, depth=2, class_depth=0, attention="xca", lpi=False
+        ),
+        7,
+        24,
+    )
+    assert (
+        isinstance(model.blocks[0].attention.part, XCA)
+        and len(model.blocks) == 2
+        and model.blocks[0].lpi is None
+    )
+    assert model(torch.zeros(1, 3, 24, 24)).shape == (1, 7) and model.positions.shape == (
+        1,
+        48,
+        12,
+        12,
+    )
+    sizes = [
+        sum(p.numel() for p in build(recipe(model=name), 10, 32).parameters())
+        for name in ("xvit_pico", "xvit_nano")
+    ]
+    assert sizes == [
+        sum(p.numel() for p in XViT(**SIZES[name]).parameters())
+        for name in ("xvit_pico", "xvit_nano")
+    ]
 
 
 def test_weight_decay_is_for_matrices_and_kernels_alone():
-    model = XViT(img_size=32, num_classes=4, dim=16, depth=1, num_heads=2, stem_stride=4, class_depth=1, attention=XCA)
+    model = XViT(
+        img_size=32,
+        num_classes=4,
+        dim=16,
+        depth=1,
+        num_heads=2,
+        stem_stride=4,
+        class_depth=1,
+        attention=XCA,
+    )
     names = {id(p): name for name, p in model.named_parameters()}
-    decayed, free = ({names[id(p)] for p in group["params"]} for group in parameter_groups(model, 0.05))
+    decayed, free = (
+        {names[id(p)] for p in group["params"]} for group in parameter_groups(model, 0.05)
+    )
     kinds = {name: model.get_submodule(name.rpartition(".")[0]) for name in names.values()}
-    assert decayed == {n for n, m in kinds.items() if isinstance(m, (nn.Linear, nn.Conv2d)) and n.endswith("weight")}
+    assert decayed == {
+        n
+        for n, m in kinds.items()
+        if isinstance(m, (nn.Linear, nn.Conv2d)) and n.endswith("weight")
+    }
     assert {"positions", "class_token", "blocks.0.attention.part.temperature", "head.bias"} <= free
-    gammas = {n for n, _ in XViT(img_size=32, dim=16, depth=1, num_heads=2).named_parameters() if "gamma" in n}
+    gammas = {
+        n
+        for n, _ in XViT(img_size=32, dim=16, depth=1, num_heads=2).named_parameters()
+        if "gamma" in n
+    }
     free = parameter_groups(XViT(img_size=32, dim=16, depth=1, num_heads=2), 0.05)[1]["params"]
     assert gammas and sum(p.ndim == 3 and p.shape[1:] == (1, 1) for p in free) == len(gammas)
 
@@ -124,9 +220,19 @@ def test_weight_decay_is_for_matrices_and_kernels_alone():
 def test_the_rate_rises_in_a_line_and_falls_in_a_cosine():
     config = recipe("cifar10", epochs=100, warmup=10, lr=1e-3, final_lr=1e-5)
     rates = [learning_rate(n, config, 7) for n in range(701)]
-    assert rates[0] > 0 and np.allclose(np.diff(rates[:70]), rates[0]) and math.isclose(rates[70], 1e-3)
-    assert np.all(np.diff(rates[70:]) < 0) and math.isclose(rates[700], 1e-5) and math.isclose(rates[385], (1e-3 + 1e-5) / 2)
-    short = recipe("cifar10", epochs=5, warmup=10)  # a warm-up longer than the run would never reach the peak
+    assert (
+        rates[0] > 0
+        and np.allclose(np.diff(rates[:70]), rates[0])
+        and math.isclose(rates[70], 1e-3)
+    )
+    assert (
+        np.all(np.diff(rates[70:]) < 0)
+        and math.isclose(rates[700], 1e-5)
+        and math.isclose(rates[385], (1e-3 + 1e-5) / 2)
+    )
+    short = recipe(
+        "cifar10", epochs=5, warmup=10
+    )  # a warm-up longer than the run would never reach the peak
     assert max(learning_rate(n, short, 10) for n in range(50)) == short.lr
 
 
@@ -150,8 +256,13 @@ def test_a_step_is_adamw_on_the_smoothed_loss_and_moves_the_average(tmp_path):
         optimizer.step()
         run.train_step(index)
         now = [t.detach().clone() for t in (*twin.parameters(), *twin.buffers())]
-        average = now if average is None else [0.9 * a + 0.1 * b if b.is_floating_point() else None
-                                               for a, b in zip(average, now)]
+        average = (
+            now
+            if average is None
+            else [
+                0.9 * a + 0.1 * b if b.is_floating_point() else None for a, b in zip(average, now)
+            ]
+        )
     for a, b in zip(run.model.parameters(), twin.parameters()):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
     for a, b in zip((*run.ema.module.parameters(), *run.ema.module.buffers()), average):
@@ -175,18 +286,25 @@ def test_an_epoch_sees_every_image_once_and_no_two_epochs_in_the_same_order(tmp_
     first = torch.cat(run.batches())
     assert sorted(first.tolist()) == list(range(64))
     run.step = 2
-    assert torch.equal(torch.cat(run.batches()), first[32:])  # the rest of an epoch that was interrupted
+    assert torch.equal(
+        torch.cat(run.batches()), first[32:]
+    )  # the rest of an epoch that was interrupted
     run.step = run.steps
     assert not torch.equal(torch.cat(run.batches()), first)
 
 
 def test_evaluate_is_the_mean_over_all_images():
     torch.manual_seed(0)
-    model, images = XViT(img_size=32, num_classes=4, dim=8, depth=1, num_heads=2, stem_stride=8), data.shapes(23)
+    model, images = (
+        XViT(img_size=32, num_classes=4, dim=8, depth=1, num_heads=2, stem_stride=8),
+        data.shapes(23),
+    )
     with torch.no_grad():
         logits = model.eval()(data.normalize(images.images))
     found = Classification.evaluate(model.train(), images, batch_size=7)
-    assert found["top1"] == pytest.approx((logits.argmax(1) == images.labels).double().mean().item())
+    assert found["top1"] == pytest.approx(
+        (logits.argmax(1) == images.labels).double().mean().item()
+    )
     assert found["loss"] == pytest.approx(F.cross_entropy(logits, images.labels).item(), rel=1e-5)
 
 
@@ -194,42 +312,87 @@ def test_evaluate_is_the_mean_over_all_images():
 
 
 def test_a_run_leaves_weights_a_record_and_a_checkpoint(tree, whole):
-    assert {p.name for p in whole.iterdir()} == {"weights.safetensors", "record.json", "checkpoint.pt", "checkpoint.previous.pt"}
+    assert {p.name for p in whole.iterdir()} == {
+        "weights.safetensors",
+        "record.json",
+        "checkpoint.pt",
+        "checkpoint.previous.pt",
+    }
     found = json.loads((whole / "record.json").read_text())
-    assert len(found["epochs"]) == 3 and found["results"][0]["test_top1"] == found["epochs"][-1]["test_top1"]
-    assert found["data"]["splits"] == {"train": 64, "test": 2000} and "seed 1" in found["data"]["copy"]
-    found = {**found, "command": "python -m xvit_minimal.train", "commit": found["commit"] or "0123abc",
-             "config": {**found["config"], "out": "runs/x"}}  # the folder of this run is on this machine
+    assert (
+        len(found["epochs"]) == 3
+        and found["results"][0]["test_top1"] == found["epochs"][-1]["test_top1"]
+    )
+    assert (
+        found["data"]["splits"] == {"train": 64, "test": 2000} and "seed 1" in found["data"]["copy"]
+    )
+    found = {
+        **found,
+        "command": "python -m xvit_minimal.train",
+        "commit": found["commit"] or "0123abc",
+        "config": {**found["config"], "out": "runs/x"},
+    }  # the folder of this run is on this machine
     found["commit"] = found["commit"].removesuffix("-dirty")
     (tree / "book/runs/two.json").write_text(json.dumps(found))
     assert not problems_in_records(tree)
 
 
 def test_a_checkpoint_trains_and_classifies_in_a_fresh_process(whole):
-    code = ("import sys; from xvit_minimal import data, train\n"
-            "model, classes = train.load_model(sys.argv[1])\n"
-            "print(classes[model(data.normalize(data.shapes(1).images)).argmax()], model.training)")
-    words = subprocess.run([sys.executable, "-c", code, whole / "weights.safetensors"], capture_output=True, text=True, check=True)
+    code = (
+        "import sys; from xvit_minimal import data, train\n"
+        "model, classes = train.load_model(sys.argv[1])\n"
+        "print(classes[model(data.normalize(data.shapes(1).images)).argmax()], model.training)"
+    )
+    words = subprocess.run(
+        [sys.executable, "-c", code, whole / "weights.safetensors"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert words.stdout.split()[0] in data.KINDS and words.stdout.split()[1] == "False"
 
 
 def test_the_lines_of_the_readme_classify_a_picture(whole, tmp_path):
-    lines = next(block for block in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S) if "load_model" in block)
+    lines = next(
+        block
+        for block in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+        if "load_model" in block
+    )
     assert len([line for line in lines.splitlines() if line]) == 4
-    Image.fromarray(np.random.default_rng(0).integers(0, 255, (50, 70, 3), np.uint8)).save(tmp_path / "cat.jpg")
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (50, 70, 3), np.uint8)).save(
+        tmp_path / "cat.jpg"
+    )
     (tmp_path / "book").symlink_to(ROOT / "book")
-    words = subprocess.run([sys.executable, "-c", lines], cwd=tmp_path, capture_output=True, text=True)
-    assert words.stdout.strip() in ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"), words.stderr
+    words = subprocess.run(
+        [sys.executable, "-c", lines], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert words.stdout.strip() in (
+        "airplane",
+        "automobile",
+        "bird",
+        "cat",
+        "deer",
+        "dog",
+        "frog",
+        "horse",
+        "ship",
+        "truck",
+    ), words.stderr
 
 
 def test_the_weights_are_the_averaged_ones(whole):
     model, classes = train.load_model(whole / "weights.safetensors")
     state = torch.load(whole / "checkpoint.pt", weights_only=True)
-    assert all(torch.equal(value, state["ema"][f"module.{name}"]) for name, value in model.state_dict().items())
+    assert all(
+        torch.equal(value, state["ema"][f"module.{name}"])
+        for name, value in model.state_dict().items()
+    )
     assert tuple(classes) == data.KINDS
 
 
-@pytest.mark.parametrize("content", [b"", b"not a model", b"PK\x03\x04", (8).to_bytes(8, "little") + b"{}      "])
+@pytest.mark.parametrize(
+    "content", [b"", b"not a model", b"PK\x03\x04", (8).to_bytes(8, "little") + b"{}      "]
+)
 def test_a_file_that_holds_no_model_is_refused(tmp_path, content):
     (tmp_path / "w.safetensors").write_bytes(content)
     with pytest.raises(ValueError, match="w.safetensors is no weights.safetensors"):
@@ -240,7 +403,10 @@ def test_a_file_that_holds_no_model_is_refused(tmp_path, content):
 
 def test_provenance_says_what_ran_where():
     found = record.provenance("cpu")
-    assert found["versions"]["torch"] == torch.__version__ and found["hardware"]["cores"] == torch.get_num_threads()
+    assert (
+        found["versions"]["torch"] == torch.__version__
+        and found["hardware"]["cores"] == torch.get_num_threads()
+    )
     assert found["hardware"]["gpu"] is None and found["hardware"]["cpu"]
 
 
@@ -302,7 +468,9 @@ train.train(recipe.Config(**config))
 
 def killed(config, how, number):
     config = json.dumps(vars(config))
-    return subprocess.run([sys.executable, "-c", KILLED, how, str(number), config], capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, "-c", KILLED, how, str(number), config], capture_output=True, text=True
+    )
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGKILL on Windows")
@@ -310,15 +478,21 @@ def test_a_killed_run_ends_with_the_same_bytes(whole, tmp_path):
     """Killed before a step, half-way through writing a checkpoint, between its two renames, and at a random moment."""
     config = tiny(tmp_path)
     draw = random.Random()
-    blows = [("step", draw.randint(2, 4)), ("write", draw.randint(1, 3)), ("rename", draw.randint(1, 3)),
-             ("seconds", draw.uniform(0.0, 0.5))]
+    blows = [
+        ("step", draw.randint(2, 4)),
+        ("write", draw.randint(1, 3)),
+        ("rename", draw.randint(1, 3)),
+        ("seconds", draw.uniform(0.0, 0.5)),
+    ]
     for how, number in blows:
         ended = killed(config, how, number)
         assert ended.returncode == -signal.SIGKILL or how == "seconds", (blows, ended.stderr)
     assert train.train(config)["results"][0]["test_top1"] >= 0, blows
     assert weights(tmp_path) == weights(whole), blows
     mine, other = (json.loads((folder / "record.json").read_text()) for folder in (tmp_path, whole))
-    assert [row["train_loss"] for row in mine["epochs"]] == [row["train_loss"] for row in other["epochs"]]
+    assert [row["train_loss"] for row in mine["epochs"]] == [
+        row["train_loss"] for row in other["epochs"]
+    ]
 
 
 def stop_at(step, monkeypatch, number):
@@ -333,14 +507,18 @@ def stop_at(step, monkeypatch, number):
 
 
 @pytest.mark.parametrize("step, number", [(6, signal.SIGINT), (8, signal.SIGTERM)])
-def test_ctrl_c_ends_after_the_step_and_the_same_command_goes_on(whole, tmp_path, monkeypatch, step, number):
+def test_ctrl_c_ends_after_the_step_and_the_same_command_goes_on(
+    whole, tmp_path, monkeypatch, step, number
+):
     handler = signal.getsignal(number)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         stop_at(step, patch, number)
         train.train(tiny(tmp_path, save_steps=100))
     assert signal.getsignal(number) == handler
     assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == step
-    with pytest.raises(ValueError, match="save_steps is 100 there and 1 here.*choose another --out"):
+    with pytest.raises(
+        ValueError, match="save_steps is 100 there and 1 here.*choose another --out"
+    ):
         train.train(tiny(tmp_path))
     train.train(tiny(tmp_path, save_steps=100))
     assert tensors(tmp_path) == tensors(whole)  # the bytes before them hold save_steps as well
@@ -348,7 +526,7 @@ def test_ctrl_c_ends_after_the_step_and_the_same_command_goes_on(whole, tmp_path
 
 def tensors(folder):
     content = weights(folder)
-    return content[8 + int.from_bytes(content[:8], "little"):]
+    return content[8 + int.from_bytes(content[:8], "little") :]
 
 
 def test_a_finished_run_is_left_as_it_is(whole, capsys):
@@ -374,18 +552,26 @@ class Hostile:
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("what", ["truncated", "empty", "foreign", "hostile", "hostile pickle"])
-def test_a_checkpoint_that_is_none_is_refused_and_the_one_before_it_used(whole, tmp_path, monkeypatch, capsys, what):
+def test_a_checkpoint_that_is_none_is_refused_and_the_one_before_it_used(
+    whole, tmp_path, monkeypatch, capsys, what
+):
     path = half_done(tmp_path, monkeypatch)
     if what == "foreign":
         torch.save({"model": {}}, path)
     elif what == "hostile":
-        torch.save({**torch.load(path, weights_only=True), "history": Hostile(tmp_path / "taken")}, path)
+        torch.save(
+            {**torch.load(path, weights_only=True), "history": Hostile(tmp_path / "taken")}, path
+        )
     elif what == "hostile pickle":
         path.write_bytes(pickle.dumps(Hostile(tmp_path / "taken")))
     else:
         path.write_bytes(path.read_bytes()[: 20_000 if what == "truncated" else 0])
     train.train(tiny(tmp_path))
-    assert "refused" in (out := capsys.readouterr().out) and "checkpoint.pt" in out and "going on after step 5" in out
+    assert (
+        "refused" in (out := capsys.readouterr().out)
+        and "checkpoint.pt" in out
+        and "going on after step 5" in out
+    )
     assert weights(tmp_path) == weights(whole) and not (tmp_path / "taken").exists()
     assert (tmp_path / "checkpoint.refused.pt").exists()
 
@@ -402,7 +588,11 @@ def test_with_no_checkpoint_left_to_use_nothing_is_overwritten(tmp_path, monkeyp
 def test_a_full_disk_keeps_the_last_good_checkpoint(whole, tmp_path, monkeypatch):
     fsync, calls = os.fsync, []
     with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
-        patch.setattr(os, "fsync", lambda file: calls.append(0) or (full_disk() if len(calls) == 6 else fsync(file)))
+        patch.setattr(
+            os,
+            "fsync",
+            lambda file: calls.append(0) or (full_disk() if len(calls) == 6 else fsync(file)),
+        )
         train.train(tiny(tmp_path))
     assert not list(tmp_path.glob("*.part"))
     train.train(tiny(tmp_path))
@@ -433,8 +623,18 @@ def test_a_loss_that_is_no_number_ends_the_run_and_spoils_nothing(tmp_path, monk
 
 
 def shell(*words, cwd, **environment):
-    return subprocess.run([sys.executable, "-m", *words], cwd=cwd, capture_output=True, text=True, timeout=120,
-                          env={**os.environ, "PYTHONPATH": str(train.Path(train.__file__).parent.parent), **environment})
+    return subprocess.run(
+        [sys.executable, "-m", *words],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={
+            **os.environ,
+            "PYTHONPATH": str(train.Path(train.__file__).parent.parent),
+            **environment,
+        },
+    )
 
 
 def test_a_folder_that_is_no_data_set_ends_with_one_line(tmp_path):
@@ -449,16 +649,38 @@ TINY_WORDS = "--limit 64 --batch-size 16 --epochs 2 --dim 8 --depth 1 --num-head
 
 def test_two_processes_compute_what_one_does(tmp_path):
     """Same batches, gradients averaged, BatchNorm over both: same losses and weights, within rounding."""
-    one = shell("xvit_minimal.train", *TINY_WORDS, "--out", "one", cwd=tmp_path, OMP_NUM_THREADS="1")
-    two = shell("torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "xvit_minimal.train", *TINY_WORDS,
-                "--out", "two", cwd=tmp_path, OMP_NUM_THREADS="1")
+    one = shell(
+        "xvit_minimal.train", *TINY_WORDS, "--out", "one", cwd=tmp_path, OMP_NUM_THREADS="1"
+    )
+    two = shell(
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        "-m",
+        "xvit_minimal.train",
+        *TINY_WORDS,
+        "--out",
+        "two",
+        cwd=tmp_path,
+        OMP_NUM_THREADS="1",
+    )
     assert one.returncode == two.returncode == 0, one.stderr + two.stderr
-    assert one.stderr == "" and one.stdout.count("epoch") == 2 and two.stdout.count("epoch") == 2  # no bar, no echo
-    first, second = (json.loads((tmp_path / name / "record.json").read_text())["epochs"] for name in ("one", "two"))
+    assert (
+        one.stderr == "" and one.stdout.count("epoch") == 2 and two.stdout.count("epoch") == 2
+    )  # no bar, no echo
+    first, second = (
+        json.loads((tmp_path / name / "record.json").read_text())["epochs"]
+        for name in ("one", "two")
+    )
     for a, b in zip(first, second):
         assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-5)
         assert a["test_loss"] == pytest.approx(b["test_loss"], rel=1e-4)
-    for a, b in zip(*(train.load_model(tmp_path / name / "weights.safetensors")[0].state_dict().values() for name in ("one", "two"))):
+    for a, b in zip(
+        *(
+            train.load_model(tmp_path / name / "weights.safetensors")[0].state_dict().values()
+            for name in ("one", "two")
+        )
+    ):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
     again = shell("xvit_minimal.train", *TINY_WORDS, "--out", "two", cwd=tmp_path)
     assert again.returncode == 1 and "2 processes there and 1 here" in again.stderr

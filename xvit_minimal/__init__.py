@@ -4,5 +4,17 @@ from .attention import SoftmaxAttention, XNormAttention, softmax_attention, xnor
 from .model import XViT, xvit_base, xvit_medium, xvit_nano, xvit_pico, xvit_small, xvit_tiny
 
 __version__ = "0.1.0"
-__all__ = ["SoftmaxAttention", "XNormAttention", "softmax_attention", "xnorm", "xnorm_attention",
-           "XViT", "xvit_base", "xvit_medium", "xvit_nano", "xvit_pico", "xvit_small", "xvit_tiny"]
+__all__ = [
+    "SoftmaxAttention",
+    "XNormAttention",
+    "softmax_attention",
+    "xnorm",
+    "xnorm_attention",
+    "XViT",
+    "xvit_base",
+    "xvit_medium",
+    "xvit_nano",
+    "xvit_pico",
+    "xvit_small",
+    "xvit_tiny",
+]

@@ -38,7 +38,10 @@ class XCA(_Attention):
         self.temperature = nn.Parameter(torch.ones(num_heads, 1, 1))
 
     def mix(self, q, k, v):
-        q, k = F.normalize(q, dim=-2), F.normalize(k, dim=-2)  # (B, h, N, d): each channel has unit length
+        q, k = (
+            F.normalize(q, dim=-2),
+            F.normalize(k, dim=-2),
+        )  # (B, h, N, d): each channel has unit length
         weights = (self.temperature * (q.mT @ k)).softmax(-1)  # (B, h, d, d)
         return v @ weights.mT  # (B, h, N, d)
 
@@ -181,11 +184,22 @@ class XNormCentred(_XNormVariant):
 
 
 ATTENTIONS = {
-    "xnorm": XNormAttention, "softmax": SoftmaxAttention, "xca": XCA, "linear": LinearAttention,
-    "efficient": EfficientAttention, "sima": SimA, "unnormalized": UnnormalizedAttention, "none": NoMixing,
+    "xnorm": XNormAttention,
+    "softmax": SoftmaxAttention,
+    "xca": XCA,
+    "linear": LinearAttention,
+    "efficient": EfficientAttention,
+    "sima": SimA,
+    "unnormalized": UnnormalizedAttention,
+    "none": NoMixing,
 }
 VARIANTS = {
-    "xnorm-rows": XNormRows, "xnorm-fixed-gamma": XNormFixedGamma, "xnorm-shared-gamma": XNormSharedGamma,
-    "xnorm-random-gamma": XNormRandomGamma, "xnorm-kv-only": XNormKVOnly, "xnorm-q-only": XNormQOnly, "xnorm-l1": XNormL1,
+    "xnorm-rows": XNormRows,
+    "xnorm-fixed-gamma": XNormFixedGamma,
+    "xnorm-shared-gamma": XNormSharedGamma,
+    "xnorm-random-gamma": XNormRandomGamma,
+    "xnorm-kv-only": XNormKVOnly,
+    "xnorm-q-only": XNormQOnly,
+    "xnorm-l1": XNormL1,
     "xnorm-centred": XNormCentred,
 }

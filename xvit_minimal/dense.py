@@ -35,10 +35,18 @@ class XViTBackbone(nn.Module):
     def __init__(self, body, channels=64, strides=(4, 8, 16, 32)):
         super().__init__()
         strides = tuple(strides)
-        if not strides or any(s < 2 or s & (s - 1) for s in strides) or list(strides) != sorted(set(strides)):
-            raise ValueError(f"got strides {strides}, expected increasing powers of 2, such as (4, 8, 16, 32)")
+        if (
+            not strides
+            or any(s < 2 or s & (s - 1) for s in strides)
+            or list(strides) != sorted(set(strides))
+        ):
+            raise ValueError(
+                f"got strides {strides}, expected increasing powers of 2, such as (4, 8, 16, 32)"
+            )
         if channels < 8 or channels % 8:
-            raise ValueError(f"got {channels} channels for the pyramid, expected a multiple of 8: its heads norm them in eights")
+            raise ValueError(
+                f"got {channels} channels for the pyramid, expected a multiple of 8: its heads norm them in eights"
+            )
         self.body = copy.deepcopy(body)
         for part in ("class_token", "class_blocks", "norm", "head"):
             setattr(self.body, part, None)
@@ -49,10 +57,19 @@ class XViTBackbone(nn.Module):
         self.fpn = FeaturePyramidNetwork([dim] * len(strides), channels, norm_layer=nn.BatchNorm2d)
 
     def forward(self, x):
-        grids = self.body.forward_features(x, self.taps)  # for each stride (B, C, H / stem, W / stem), rounded up
-        unit = max(self.strides[-1] // self.body.stem_stride, 1)  # tokens along a cell of the coarsest map
+        grids = self.body.forward_features(
+            x, self.taps
+        )  # for each stride (B, C, H / stem, W / stem), rounded up
+        unit = max(
+            self.strides[-1] // self.body.stem_stride, 1
+        )  # tokens along a cell of the coarsest map
         pad = (0, -grids[0].shape[3] % unit, 0, -grids[0].shape[2] % unit)
-        return self.fpn({str(n): resize(F.pad(grid, pad)) for n, (resize, grid) in enumerate(zip(self.resize, grids))})
+        return self.fpn(
+            {
+                str(n): resize(F.pad(grid, pad))
+                for n, (resize, grid) in enumerate(zip(self.resize, grids))
+            }
+        )
 
 
 class SemanticFPN(nn.Module):
@@ -67,13 +84,19 @@ class SemanticFPN(nn.Module):
         super().__init__()
         self.backbone = backbone
         self.branches = nn.ModuleList(
-            _branch(backbone.out_channels, (stride // backbone.strides[0]).bit_length() - 1) for stride in backbone.strides)
+            _branch(backbone.out_channels, (stride // backbone.strides[0]).bit_length() - 1)
+            for stride in backbone.strides
+        )
         self.head = nn.Conv2d(backbone.out_channels, num_classes, 1)
 
     def forward(self, x):
         levels = self.backbone(x).values()
-        total = sum(branch(level) for branch, level in zip(self.branches, levels))  # (B, c, h, w) of the first level
-        logits = F.interpolate(self.head(total), scale_factor=self.backbone.strides[0], mode="bilinear")
+        total = sum(
+            branch(level) for branch, level in zip(self.branches, levels)
+        )  # (B, c, h, w) of the first level
+        logits = F.interpolate(
+            self.head(total), scale_factor=self.backbone.strides[0], mode="bilinear"
+        )
         return logits[:, :, : x.shape[2], : x.shape[3]]  # (B, J, H, W): what was padded is cut off
 
 
@@ -85,12 +108,16 @@ def segmentation_loss(logits, masks):
     """
     B, J, H, W = logits.shape
     if masks.shape != (B, H, W):
-        raise ValueError(f"got masks {tuple(masks.shape)} for logits {tuple(logits.shape)}, expected {(B, H, W)}: resize "
-                         "masks with their images, by the nearest pixel")
+        raise ValueError(
+            f"got masks {tuple(masks.shape)} for logits {tuple(logits.shape)}, expected {(B, H, W)}: resize "
+            "masks with their images, by the nearest pixel"
+        )
     masks = masks.long()
     valid = masks != VOID  # (B, H, W)
     if (wrong := masks[valid & ((masks < 0) | (masks >= J))]).numel():
-        raise ValueError(f"got a class {wrong[0].item()} in a mask, expected 0 to {J - 1}, or {VOID} for void: correct the mask")
+        raise ValueError(
+            f"got a class {wrong[0].item()} in a mask, expected 0 to {J - 1}, or {VOID} for void: correct the mask"
+        )
     total = F.cross_entropy(logits.float(), masks, ignore_index=VOID, reduction="sum")
     return total / valid.sum().clamp(min=1)
 
@@ -120,11 +147,19 @@ def detector(backbone, num_classes):
     2, 2.5 and 3.2 strides, as squares and at 1:2 and 2:1. Half of what RetinaNet uses, for images are small here.
     Source: Lin et al., Focal Loss for Dense Object Detection, arXiv:1708.02002.
     """
-    sizes = tuple(tuple(2 * stride * 2 ** (third / 3) for third in range(3)) for stride in backbone.strides)
+    sizes = tuple(
+        tuple(2 * stride * 2 ** (third / 3) for third in range(3)) for stride in backbone.strides
+    )
     anchors = AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * len(sizes))
-    head = _Head(backbone.out_channels, anchors.num_anchors_per_location()[0], num_classes,
-                 partial(nn.GroupNorm, backbone.out_channels // 8))
-    model = RetinaNet(backbone, num_classes, anchor_generator=anchors, head=head, detections_per_img=100)
+    head = _Head(
+        backbone.out_channels,
+        anchors.num_anchors_per_location()[0],
+        num_classes,
+        partial(nn.GroupNorm, backbone.out_channels // 8),
+    )
+    model = RetinaNet(
+        backbone, num_classes, anchor_generator=anchors, head=head, detections_per_img=100
+    )
     model.transform = _AsTheyAre(1, 1, [0.0] * 3, [1.0] * 3, size_divisible=backbone.strides[-1])
     return model
 
@@ -137,18 +172,29 @@ def transfer(body, trained):
     names = [name for name in ours if name.split(".")[0] in ("stem", "positions", "blocks")]
     extra = [name for name in theirs if name.split(".")[0] == "blocks" and name not in ours]
     for name in names + extra:
-        a, b = (tuple(weights[name].shape) if name in weights else None for weights in (ours, theirs))
+        a, b = (
+            tuple(weights[name].shape) if name in weights else None for weights in (ours, theirs)
+        )
         if a != b and not (name == "positions" and a[1] == b[1]):
-            raise ValueError(f"{name} is {b} in the checkpoint and {a} in this model: give the checkpoint's own --model, "
-                             "--dim, --depth, --num-heads, --stem-stride, --attention and --lpi or --no-lpi")
+            raise ValueError(
+                f"{name} is {b} in the checkpoint and {a} in this model: give the checkpoint's own --model, "
+                "--dim, --depth, --num-heads, --stem-stride, --attention and --lpi or --no-lpi"
+            )
     for block, other in zip(body.blocks, trained.blocks):
-        a, b = (f"{type(m).__name__} with {m.num_heads} heads" for m in (block.attention.part, other.attention.part))
+        a, b = (
+            f"{type(m).__name__} with {m.num_heads} heads"
+            for m in (block.attention.part, other.attention.part)
+        )
         if a != b:  # no shape tells them apart
-            raise ValueError(f"the attention is {b} in the checkpoint and {a} in this model: give the checkpoint's own "
-                             "--attention and --num-heads")
+            raise ValueError(
+                f"the attention is {b} in the checkpoint and {a} in this model: give the checkpoint's own "
+                "--attention and --num-heads"
+            )
     weights = {name: theirs[name] for name in names}
     if weights["positions"].shape != ours["positions"].shape:
-        weights["positions"] = F.interpolate(weights["positions"], ours["positions"].shape[2:], mode="bicubic", align_corners=False)
+        weights["positions"] = F.interpolate(
+            weights["positions"], ours["positions"].shape[2:], mode="bicubic", align_corners=False
+        )
     body.load_state_dict({**ours, **weights})
 
 
@@ -166,7 +212,11 @@ def _branch(channels, doublings):
     """Convolutions of the segmentation head, each but for doublings = 0 followed by an enlargement to twice the size."""
     layers = []
     for _ in range(max(doublings, 1)):
-        layers.append(Conv2dNormActivation(channels, channels, 3, norm_layer=partial(nn.GroupNorm, channels // 8)))
+        layers.append(
+            Conv2dNormActivation(
+                channels, channels, 3, norm_layer=partial(nn.GroupNorm, channels // 8)
+            )
+        )
         if doublings:
             layers.append(nn.Upsample(scale_factor=2, mode="bilinear"))
     return nn.Sequential(*layers)

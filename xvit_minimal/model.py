@@ -10,7 +10,6 @@ import math
 from functools import partial
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -29,15 +28,29 @@ class ConvStem(nn.Sequential):
 
     def __init__(self, dim, stride):
         if stride not in (2, 4, 8, 16):
-            raise ValueError(f"got a stem stride of {stride!r}, expected 2, 4, 8 or 16 pixels a token")
+            raise ValueError(
+                f"got a stem stride of {stride!r}, expected 2, 4, 8 or 16 pixels a token"
+            )
         steps = stride.bit_length() - 1
         if dim % 2 ** (steps - 1):
-            raise ValueError(f"got dim={dim} and a stem stride of {stride}, expected a multiple of {2 ** (steps - 1)}: "
-                             "the stem doubles its width at each of its convolutions")
+            raise ValueError(
+                f"got dim={dim} and a stem stride of {stride}, expected a multiple of {2 ** (steps - 1)}: "
+                "the stem doubles its width at each of its convolutions"
+            )
         widths = [3] + [dim // 2**n for n in reversed(range(steps))]
-        super().__init__(*(
-            Conv2dNormActivation(a, b, kernel_size=3, stride=2, activation_layer=nn.GELU if n < steps else None, inplace=None)
-            for n, (a, b) in enumerate(zip(widths, widths[1:]), start=1)))
+        super().__init__(
+            *(
+                Conv2dNormActivation(
+                    a,
+                    b,
+                    kernel_size=3,
+                    stride=2,
+                    activation_layer=nn.GELU if n < steps else None,
+                    inplace=None,
+                )
+                for n, (a, b) in enumerate(zip(widths, widths[1:]), start=1)
+            )
+        )
 
 
 class LocalPatchInteraction(nn.Module):
@@ -77,10 +90,14 @@ class XViTBlock(nn.Module):
     (dim, num_heads). `lpi=False` leaves the local patch interaction out.
     """
 
-    def __init__(self, dim, num_heads, attention=XNormAttention, lpi=True, drop_path=0.0, layer_scale=1.0):
+    def __init__(
+        self, dim, num_heads, attention=XNormAttention, lpi=True, drop_path=0.0, layer_scale=1.0
+    ):
         super().__init__()
         self.attention = _Residual(dim, attention(dim, num_heads), drop_path, layer_scale)
-        self.lpi = _Residual(dim, LocalPatchInteraction(dim), drop_path, layer_scale) if lpi else None
+        self.lpi = (
+            _Residual(dim, LocalPatchInteraction(dim), drop_path, layer_scale) if lpi else None
+        )
         self.mlp = _Residual(dim, _mlp(dim), drop_path, layer_scale)
 
     def forward(self, x, grid):
@@ -120,18 +137,37 @@ class XViT(nn.Module):
     Raises ValueError if the sizes do not fit together or an input is no batch of RGB images.
     """
 
-    def __init__(self, img_size=224, num_classes=1000, dim=384, depth=12, num_heads=8, stem_stride=16,
-                 attention=XNormAttention, class_depth=2, lpi=True, drop_path=0.0, layer_scale=None):
+    def __init__(
+        self,
+        img_size=224,
+        num_classes=1000,
+        dim=384,
+        depth=12,
+        num_heads=8,
+        stem_stride=16,
+        attention=XNormAttention,
+        class_depth=2,
+        lpi=True,
+        drop_path=0.0,
+        layer_scale=None,
+    ):
         super().__init__()
         self.stem = ConvStem(dim, stem_stride)
         self.stem_stride = stem_stride
         height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
         grid = math.ceil(height / stem_stride), math.ceil(width / stem_stride)
         self.positions = nn.Parameter(torch.zeros(1, dim, *grid))
-        inside = dict(attention=attention, drop_path=drop_path,
-                      layer_scale=layer_scale if layer_scale is not None else 1.0 if depth <= 12 else 1e-5)
-        self.blocks = nn.ModuleList(XViTBlock(dim, num_heads, lpi=lpi, **inside) for _ in range(depth))
-        self.class_blocks = nn.ModuleList(ClassAttentionBlock(dim, num_heads, **inside) for _ in range(class_depth))
+        inside = dict(
+            attention=attention,
+            drop_path=drop_path,
+            layer_scale=layer_scale if layer_scale is not None else 1.0 if depth <= 12 else 1e-5,
+        )
+        self.blocks = nn.ModuleList(
+            XViTBlock(dim, num_heads, lpi=lpi, **inside) for _ in range(depth)
+        )
+        self.class_blocks = nn.ModuleList(
+            ClassAttentionBlock(dim, num_heads, **inside) for _ in range(class_depth)
+        )
         self.class_token = nn.Parameter(torch.zeros(1, 1, dim)) if class_depth else None
         self.norm = nn.LayerNorm(dim)
         self.head = nn.Linear(dim, num_classes)
@@ -145,14 +181,18 @@ class XViT(nn.Module):
 
         With `taps`, numbers of blocks from 1 on, a list of the grids after those blocks: what a pyramid is built from."""
         if x.ndim != 4 or x.shape[1] != 3 or not x.is_floating_point():
-            raise ValueError(f"got {x.dtype} of shape {tuple(x.shape)}, expected float images (batch, 3, height, width): "
-                             "scale bytes to floats with data.normalize, repeat grey three times, add the batch axis")
+            raise ValueError(
+                f"got {x.dtype} of shape {tuple(x.shape)}, expected float images (batch, 3, height, width): "
+                "scale bytes to floats with data.normalize, repeat grey three times, add the batch axis"
+            )
         x = F.pad(x, (0, -x.shape[3] % self.stem_stride, 0, -x.shape[2] % self.stem_stride))
         x = self.stem(x)  # (B, C, h, w)
         grid = x.shape[2:]
         positions = self.positions
         if grid != positions.shape[2:]:
-            positions = F.interpolate(positions, size=grid, mode="bicubic", align_corners=False)  # (1, C, h, w)
+            positions = F.interpolate(
+                positions, size=grid, mode="bicubic", align_corners=False
+            )  # (1, C, h, w)
         x = (x + positions).flatten(2).mT  # (B, N, C)
         after = {}
         for n, block in enumerate(self.blocks, start=1):
@@ -174,8 +214,12 @@ class XViT(nn.Module):
 
 
 SIZES = {  # pico and nano are for images of 32 pixels, the others have XCiT's widths, depths and heads
-    "xvit_pico": dict(dim=64, depth=4, num_heads=4, stem_stride=4, class_depth=1, img_size=32, num_classes=10),
-    "xvit_nano": dict(dim=192, depth=7, num_heads=4, stem_stride=2, class_depth=1, img_size=32, num_classes=10),
+    "xvit_pico": dict(
+        dim=64, depth=4, num_heads=4, stem_stride=4, class_depth=1, img_size=32, num_classes=10
+    ),
+    "xvit_nano": dict(
+        dim=192, depth=7, num_heads=4, stem_stride=2, class_depth=1, img_size=32, num_classes=10
+    ),
     "xvit_tiny": dict(dim=192, depth=24, num_heads=4),
     "xvit_small": dict(dim=384, depth=12, num_heads=8),
     "xvit_medium": dict(dim=384, depth=24, num_heads=8),
@@ -196,49 +240,15 @@ def cost(model, img_size):
     """
     shadow = copy.deepcopy(model).to("meta").eval().requires_grad_(False)  # shapes without numbers
     with FlopCounterMode(display=False) as counter:
-        shadow(torch.empty(1, 3, *((img_size, img_size) if isinstance(img_size, int) else img_size), device="meta"))
+        shadow(
+            torch.empty(
+                1,
+                3,
+                *((img_size, img_size) if isinstance(img_size, int) else img_size),
+                device="meta",
+            )
+        )
     return sum(p.numel() for p in model.parameters()), counter.get_total_flops() // 2
-
-
-class SyncBatchNorm2d(nn.BatchNorm2d):
-    """BatchNorm over the batches of all processes, so that n of them compute what one would; on any device."""
-
-    def forward(self, x):
-        if not self.training:
-            return super().forward(x)
-        y = x.to(torch.promote_types(x.dtype, torch.float32))  # (B, C, h, w)
-        moments = torch.stack([y.mean((0, 2, 3)), y.square().mean((0, 2, 3))])  # (2, C)
-        mean, square = _AllReduce.apply(moments) / dist.get_world_size()  # (C), (C)
-        var = square - mean.square()  # (C)
-        n = dist.get_world_size() * x.numel() / x.shape[1]
-        with torch.no_grad():
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(var * n / (n - 1), self.momentum)
-            self.num_batches_tracked += 1
-        scale = self.weight * torch.rsqrt(var + self.eps)  # (C)
-        shift = self.bias - mean * scale  # (C)
-        return (x * scale[:, None, None] + shift[:, None, None]).to(x.dtype)
-
-
-class _AllReduce(torch.autograd.Function):
-    """The sum over all processes; so is the gradient, as each process's loss depends on every process's input."""
-
-    @staticmethod
-    def forward(ctx, x):
-        dist.all_reduce(x := x.clone())
-        return x
-
-    @staticmethod
-    def backward(ctx, gradient):
-        dist.all_reduce(gradient := gradient.clone())
-        return gradient
-
-
-def synchronize_batch_norms(model):
-    """Turn every BatchNorm2d of a model into a SyncBatchNorm2d, in place; parameters, buffers and their names stay."""
-    for module in model.modules():
-        if type(module) is nn.BatchNorm2d:
-            module.__class__ = SyncBatchNorm2d
 
 
 class _Residual(nn.Module):

@@ -41,7 +41,9 @@ def read_checkpoint(path, keys):
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises whatever a broken file provokes
-        raise ValueError(f"refused {path}: damaged, or no checkpoint ({type(error).__name__})") from error
+        raise ValueError(
+            f"refused {path}: damaged, or no checkpoint ({type(error).__name__})"
+        ) from error
     if not isinstance(state, dict) or set(state) != set(keys):
         raise ValueError(f"refused {path}: no checkpoint of this program")
     return state
@@ -50,8 +52,12 @@ def read_checkpoint(path, keys):
 def random_state():
     """The state of every random number generator (torch's, each GPU's, NumPy's, Python's), as tensors and numbers."""
     name, numbers, *rest = np.random.get_state()
-    return {"torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-            "numpy": [name, numbers.tolist(), *rest], "python": random.getstate()}
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "numpy": [name, numbers.tolist(), *rest],
+        "python": random.getstate(),
+    }
 
 
 def set_random_state(state):
@@ -66,15 +72,26 @@ def set_random_state(state):
 def provenance(device):
     """{"commit", "versions", "hardware"}: which code ran, on what. The commit is None outside a git checkout, and ends in
     -dirty if the package has changes that are not committed."""
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__,
-                "numpy": np.__version__}
+    versions = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "numpy": np.__version__,
+    }
     gpu = driver = None
     if torch.device(device).type == "cuda":
         gpu = torch.cuda.get_device_name()
-        with contextlib.suppress(OSError, subprocess.CalledProcessError):  # not every GPU is NVIDIA's
-            driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split()[0]
-    return {"commit": _commit(), "versions": versions,
-            "hardware": {"cpu": _cpu(), "cores": torch.get_num_threads(), "gpu": gpu, "driver": driver}}
+        with contextlib.suppress(
+            OSError, subprocess.CalledProcessError
+        ):  # not every GPU is NVIDIA's
+            driver = _output(
+                "nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"
+            ).split()[0]
+    return {
+        "commit": _commit(),
+        "versions": versions,
+        "hardware": {"cpu": _cpu(), "cores": torch.get_num_threads(), "gpu": gpu, "driver": driver},
+    }
 
 
 def peak_memory(device):

@@ -5,13 +5,14 @@ is over: a dictionary of numbers, of which `score` names the one to look at. Wit
 """
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torchvision.transforms import v2
 
 from . import data, dense_data
+from .augment import Augment, AugmentDense
 from .dense import VOID, SemanticFPN, XViTBackbone, detector, segmentation_loss
+from .distributed import rank, total, world
 from .model import cost
 from .recipe import build
 
@@ -23,10 +24,14 @@ class Classification:
 
     def __init__(self, config, train_set):
         self.config, classes = config, len(train_set.classes)
-        self.augment = data.Augment(config.augment)
-        self.mix = v2.RandomChoice([v2.MixUp(alpha=0.8, num_classes=classes), v2.CutMix(alpha=1.0, num_classes=classes)])
+        self.augment = Augment(config.augment)
+        self.mix = v2.RandomChoice(
+            [v2.MixUp(alpha=0.8, num_classes=classes), v2.CutMix(alpha=1.0, num_classes=classes)]
+        )
 
-    load = staticmethod(lambda config, split, limit: data.load(config.data, split, config.size, limit))
+    load = staticmethod(
+        lambda config, split, limit: data.load(config.data, split, config.size, limit)
+    )
     model = staticmethod(build)
     cost = staticmethod(cost)
 
@@ -46,8 +51,16 @@ class Classification:
         """{"loss", "top1"} of a model on an ImageSet, in evaluation mode and without augmentation."""
         sums = torch.zeros(2, device=next(model.parameters()).device)
         for index, logits in _outputs(model, images, amp, batch_size):
-            labels, logits = images.labels[index].to(sums.device), logits.float()  # (B,), (B, classes)
-            sums += torch.stack([F.cross_entropy(logits, labels, reduction="sum"), (logits.argmax(1) == labels).sum()])
+            labels, logits = (
+                images.labels[index].to(sums.device),
+                logits.float(),
+            )  # (B,), (B, classes)
+            sums += torch.stack(
+                [
+                    F.cross_entropy(logits, labels, reduction="sum"),
+                    (logits.argmax(1) == labels).sum(),
+                ]
+            )
         loss, hits = total(sums).tolist()
         return {"loss": loss / len(images), "top1": hits / len(images)}
 
@@ -60,9 +73,13 @@ class Segmentation:
 
     def __init__(self, config, train_set):
         self.config = config
-        self.augment = dense_data.AugmentDense(config.augment, train_set.images.shape[-2:])
+        self.augment = AugmentDense(config.augment, train_set.images.shape[-2:])
 
-    load = staticmethod(lambda config, split, limit: dense_data.load(config.data, "segmentation", split, config.size, limit))
+    load = staticmethod(
+        lambda config, split, limit: dense_data.load(
+            config.data, "segmentation", split, config.size, limit
+        )
+    )
     cost = staticmethod(cost)
 
     @staticmethod
@@ -82,7 +99,9 @@ class Segmentation:
     def evaluate(model, images, amp=False, batch_size=16):
         """{"miou", "accuracy", "iou_CLASS", ...} of a model on an ImageSet. A class that neither the truth nor the
         prediction holds anywhere has no IoU, and is left out. Counted by torchmetrics."""
-        from torchmetrics.classification import MulticlassConfusionMatrix  # not needed for classification
+        from torchmetrics.classification import (
+            MulticlassConfusionMatrix,
+        )  # not needed for classification
 
         device, J = next(model.parameters()).device, len(images.classes)
         counts = MulticlassConfusionMatrix(J, ignore_index=VOID).to(device)
@@ -90,10 +109,20 @@ class Segmentation:
             counts.update(logits.argmax(1), images.masks[index].to(device).long())
         table = counts.compute().cpu().double()  # (J, J) pixels: truth, prediction
         if not table.sum():
-            raise ValueError(f"no pixel of the {len(images)} test pictures of {images.name} has a class: label some")
+            raise ValueError(
+                f"no pixel of the {len(images)} test pictures of {images.name} has a class: label some"
+            )
         both, either = table.diag(), table.sum(0) + table.sum(1) - table.diag()  # (J,), (J,)
-        iou = {f"iou_{name}": (a / b).item() for name, a, b in zip(images.classes, both, either) if b > 0}
-        return {"miou": sum(iou.values()) / len(iou), "accuracy": (both.sum() / table.sum()).item(), **iou}
+        iou = {
+            f"iou_{name}": (a / b).item()
+            for name, a, b in zip(images.classes, both, either)
+            if b > 0
+        }
+        return {
+            "miou": sum(iou.values()) / len(iou),
+            "accuracy": (both.sum() / table.sum()).item(),
+            **iou,
+        }
 
 
 class Detection:
@@ -104,13 +133,20 @@ class Detection:
 
     def __init__(self, config, train_set):
         self.config = config
-        self.augment = dense_data.AugmentDense(config.augment, train_set.images.shape[-2:])
+        self.augment = AugmentDense(config.augment, train_set.images.shape[-2:])
 
-    load = staticmethod(lambda config, split, limit: dense_data.load(config.data, "detection", split, config.size, limit))
+    load = staticmethod(
+        lambda config, split, limit: dense_data.load(
+            config.data, "detection", split, config.size, limit
+        )
+    )
 
     @staticmethod
     def model(config, num_classes, img_size):
-        return detector(XViTBackbone(build(config, 1, img_size), config.pyramid, strides=(8, 16, 32)), num_classes)
+        return detector(
+            XViTBackbone(build(config, 1, img_size), config.pyramid, strides=(8, 16, 32)),
+            num_classes,
+        )
 
     @staticmethod
     def cost(model, img_size):
@@ -119,9 +155,14 @@ class Detection:
 
     def loss(self, net, images, index, epoch, device):
         """The sum () of the two losses on the images `index` of an ImageSet, augmented together with their boxes."""
-        changed = [self.augment.with_boxes(images.images[i], images.boxes[i], images.box_labels[i]) for i in index.tolist()]
+        changed = [
+            self.augment.with_boxes(images.images[i], images.boxes[i], images.box_labels[i])
+            for i in index.tolist()
+        ]
         x = data.normalize(torch.stack([image for image, *_ in changed]).to(device))  # (B, 3, H, W)
-        targets = [{"boxes": boxes.to(device), "labels": labels.to(device)} for _, boxes, labels in changed]
+        targets = [
+            {"boxes": boxes.to(device), "labels": labels.to(device)} for _, boxes, labels in changed
+        ]
         with torch.autocast(device.type, torch.bfloat16, enabled=self.config.amp):
             return sum(net(x, targets).values())
 
@@ -129,17 +170,35 @@ class Detection:
     def evaluate(cls, model, images, amp=False):
         """{"map", "map50", "map75", "map_CLASS", ...} of a model on an ImageSet. Counted by torchmetrics with pycocotools."""
         scores = cls._counts(model, images, amp)
-        each = dict(zip(scores["classes"].reshape(-1).tolist(), scores["map_per_class"].reshape(-1).tolist()))
-        return {"map": scores["map"].item(), "map50": scores["map_50"].item(), "map75": scores["map_75"].item(),
-                **{f"map_{name}": each[k] for k, name in enumerate(images.classes) if each.get(k, -1) >= 0}}
+        each = dict(
+            zip(
+                scores["classes"].reshape(-1).tolist(), scores["map_per_class"].reshape(-1).tolist()
+            )
+        )
+        return {
+            "map": scores["map"].item(),
+            "map50": scores["map_50"].item(),
+            "map75": scores["map_75"].item(),
+            **{
+                f"map_{name}": each[k]
+                for k, name in enumerate(images.classes)
+                if each.get(k, -1) >= 0
+            },
+        }
 
     @classmethod
     def precision(cls, model, images):
         """{class: [101 numbers]}: the best precision at an overlap of 0.5 for a recall of at least 0, 0.01, ..., 1."""
         scores = cls._counts(model, images, False, extended_summary=True)
-        curves = scores["precision"][0, :, :, 0, -1]  # (101, J), at 0.5, all sizes of box, 100 boxes a picture
+        curves = scores["precision"][
+            0, :, :, 0, -1
+        ]  # (101, J), at 0.5, all sizes of box, 100 boxes a picture
         kinds = scores["classes"].reshape(-1).tolist()
-        return {images.classes[k]: curves[:, n].tolist() for n, k in enumerate(kinds) if curves[0, n] >= 0}
+        return {
+            images.classes[k]: curves[:, n].tolist()
+            for n, k in enumerate(kinds)
+            if curves[0, n] >= 0
+        }
 
     @staticmethod
     @torch.no_grad()
@@ -147,13 +206,26 @@ class Detection:
         from torchmetrics.detection import MeanAveragePrecision  # not needed for classification
 
         if not any(map(len, images.boxes)):
-            raise ValueError(f"no box in any of the {len(images)} test pictures of {images.name}: draw some")
+            raise ValueError(
+                f"no box in any of the {len(images)} test pictures of {images.name}: draw some"
+            )
         device = next(model.parameters()).device
         counts = MeanAveragePrecision(class_metrics=True, **more).to(device)
         for index, found in _outputs(model, images, amp, batch_size=16):
-            truth = [{"boxes": images.boxes[i].to(device), "labels": images.box_labels[i].to(device)} for i in index.tolist()]
-            counts.update([{key: value.float() if key != "labels" else value for key, value in each.items()} for each in found],
-                          truth)
+            truth = [
+                {"boxes": images.boxes[i].to(device), "labels": images.box_labels[i].to(device)}
+                for i in index.tolist()
+            ]
+            counts.update(
+                [
+                    {
+                        key: value.float() if key != "labels" else value
+                        for key, value in each.items()
+                    }
+                    for each in found
+                ],
+                truth,
+            )
         return counts.compute()
 
 
@@ -179,20 +251,3 @@ def _outputs(model, images, amp, batch_size):
         with torch.autocast(device.type, torch.bfloat16, enabled=amp):
             output = model(data.normalize(images.images[index].to(device)))
         yield index, output
-
-
-def rank():
-    """The number of this process among `world`, 0 if it is alone."""
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def world():
-    """How many processes train together."""
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def total(tensor):
-    """The sum of a tensor over all processes."""
-    if dist.is_initialized():
-        dist.all_reduce(tensor)
-    return tensor

@@ -34,20 +34,40 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from .dense import transfer
-from .model import XViT, synchronize_batch_norms
+from .distributed import rank, synchronize_batch_norms, total, world
+from .model import XViT
 from .recipe import Config, command, learning_rate, parameter_groups, parse
 from .record import peak_memory, provenance, random_state, read_checkpoint, set_random_state, write
-from .tasks import TASKS, rank, total, world
+from .tasks import TASKS
 
 
 class Run:
     """A training run in the folder `config.out`: the two ImageSets and everything that changes while a model trains."""
 
-    KEYS = ("model", "ema", "optimizer", "schedule", "config", "step", "seconds", "peak", "started", "history", "processes")
+    KEYS = (
+        "model",
+        "ema",
+        "optimizer",
+        "schedule",
+        "config",
+        "step",
+        "seconds",
+        "peak",
+        "started",
+        "history",
+        "processes",
+    )
 
     def __init__(self, config, train_set, test_set, device):
-        self.config, self.device, self.train_set, self.test_set = config, device, train_set, test_set
-        self.steps = max(1, len(train_set) // config.batch_size)  # of an epoch; a last, smaller batch is left out
+        self.config, self.device, self.train_set, self.test_set = (
+            config,
+            device,
+            train_set,
+            test_set,
+        )
+        self.steps = max(
+            1, len(train_set) // config.batch_size
+        )  # of an epoch; a last, smaller batch is left out
         height, width = train_set.images.shape[-2:]
         self.size = width if width == height else (height, width)
         self.task = TASKS[config.task](config, train_set)
@@ -57,16 +77,26 @@ class Run:
             start_from(self.model, config.init)
         if dist.is_initialized():
             synchronize_batch_norms(self.model)
-        self.ema = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(config.ema), use_buffers=True)
-        self.optimizer = torch.optim.AdamW(parameter_groups(self.model, config.weight_decay), lr=1.0)
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda n: learning_rate(n, config, self.steps))
+        self.ema = AveragedModel(
+            self.model, multi_avg_fn=get_ema_multi_avg_fn(config.ema), use_buffers=True
+        )
+        self.optimizer = torch.optim.AdamW(
+            parameter_groups(self.model, config.weight_decay), lr=1.0
+        )
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer, lambda n: learning_rate(n, config, self.steps)
+        )
         self.net = DistributedDataParallel(self.model) if dist.is_initialized() else self.model
         if config.compile:
             self.net = torch.compile(self.net)
         self.step, self.seconds, self.peak, self.history = 0, 0.0, 0, []
         self.started = datetime.now(timezone.utc).isoformat(timespec="seconds")
         self.loss = torch.zeros((), device=device)  # the sum over the steps of this epoch
-        for seed in (random.seed, np.random.seed, torch.manual_seed):  # from here on each process draws its own numbers
+        for seed in (
+            random.seed,
+            np.random.seed,
+            torch.manual_seed,
+        ):  # from here on each process draws its own numbers
             seed(config.seed + rank())
 
     @property
@@ -76,9 +106,13 @@ class Run:
 
     def batches(self):
         """The index tensors of the steps that are left in this epoch, the part of each that belongs to this process."""
-        shuffle = torch.Generator().manual_seed(self.config.seed * 1_000_003 + self.epoch)  # so no order has to be saved
-        order = torch.randperm(len(self.train_set), generator=shuffle).split(self.config.batch_size)[: self.steps]
-        return [index[rank()::world()] for index in order[self.step % self.steps:]]
+        shuffle = torch.Generator().manual_seed(
+            self.config.seed * 1_000_003 + self.epoch
+        )  # so no order has to be saved
+        order = torch.randperm(len(self.train_set), generator=shuffle).split(
+            self.config.batch_size
+        )[: self.steps]
+        return [index[rank() :: world()] for index in order[self.step % self.steps :]]
 
     def train_step(self, index):
         """One step of the optimizer on the training images `index`."""
@@ -97,20 +131,30 @@ class Run:
         processes = [mine] * world()
         if dist.is_initialized():
             dist.all_gather_object(processes, mine)
-        parts = {name: getattr(self, name).state_dict() for name in ("model", "ema", "optimizer", "schedule")}
-        numbers = {name: getattr(self, name) for name in ("step", "seconds", "peak", "started", "history")}
+        parts = {
+            name: getattr(self, name).state_dict()
+            for name in ("model", "ema", "optimizer", "schedule")
+        }
+        numbers = {
+            name: getattr(self, name) for name in ("step", "seconds", "peak", "started", "history")
+        }
         return {**parts, **numbers, "config": asdict(self.config), "processes": processes}
 
     def load_state_dict(self, state):
         """Raises ValueError if the state is that of another configuration, or of another number of processes."""
         mine = asdict(self.config)
-        changed = [f"--{key} is {state['config'].get(key)!r} there and {value!r} here" for key, value in mine.items()
-                   if key not in ("out", "device") and state["config"].get(key) != value]
+        changed = [
+            f"--{key} is {state['config'].get(key)!r} there and {value!r} here"
+            for key, value in mine.items()
+            if key not in ("out", "device") and state["config"].get(key) != value
+        ]
         if len(state["processes"]) != world():
             changed.append(f"{len(state['processes'])} processes there and {world()} here")
         if changed:
-            raise ValueError(f"{self.config.out} holds another run ({'; '.join(changed)}): give that run's own command to go "
-                             "on with it, or choose another --out")
+            raise ValueError(
+                f"{self.config.out} holds another run ({'; '.join(changed)}): give that run's own command to go "
+                "on with it, or choose another --out"
+            )
         for name in ("model", "ema", "optimizer", "schedule"):
             getattr(self, name).load_state_dict(state[name])
         for name in ("step", "seconds", "peak", "started", "history"):
@@ -120,11 +164,18 @@ class Run:
 
     def check(self):
         """Raises FloatingPointError if the loss or a weight is not finite."""
-        bad = "the loss" if not self.loss.isfinite() else next(
-            (name for name, p in self.model.named_parameters() if not p.isfinite().all()), None)
+        bad = (
+            "the loss"
+            if not self.loss.isfinite()
+            else next(
+                (name for name, p in self.model.named_parameters() if not p.isfinite().all()), None
+            )
+        )
         if bad:
-            raise FloatingPointError(f"{bad} is not finite after step {self.step}: lower --lr or lengthen --warmup, and choose "
-                                     f"another --out; the last good state stays in {self.config.out}")
+            raise FloatingPointError(
+                f"{bad} is not finite after step {self.step}: lower --lr or lengthen --warmup, and choose "
+                f"another --out; the last good state stays in {self.config.out}"
+            )
 
     def save(self):
         """Write checkpoint.pt, whole or not at all, and keep the one before it; nothing if a number is not finite."""
@@ -133,7 +184,11 @@ class Run:
         state = self.state_dict()
         if rank() == 0:
             torch.save(state, buffer := io.BytesIO())
-            write(self._path("checkpoint.pt"), buffer.getbuffer(), keep=self._path("checkpoint.previous.pt"))
+            write(
+                self._path("checkpoint.pt"),
+                buffer.getbuffer(),
+                keep=self._path("checkpoint.previous.pt"),
+            )
 
     def resume(self):
         """Go on from the last checkpoint that can be read; one that cannot is refused, and put aside."""
@@ -160,23 +215,56 @@ class Run:
         """Evaluate the averaged weights, then write weights.safetensors, record.json and a checkpoint, in this order."""
         self.check()
         config, train_loss = self.config, total(self.loss).item() / world() / self.steps
-        row = {"epoch": self.epoch, "lr": self.schedule.get_last_lr()[0], "train_loss": train_loss, "seconds": self.seconds}
+        row = {
+            "epoch": self.epoch,
+            "lr": self.schedule.get_last_lr()[0],
+            "train_loss": train_loss,
+            "seconds": self.seconds,
+        }
         if self.epoch % config.eval_epochs == 0 or self.epoch == config.epochs:
-            row |= {f"test_{key}": value for key, value in self.task.evaluate(self.ema.module, self.test_set, config.amp).items()}
+            row |= {
+                f"test_{key}": value
+                for key, value in self.task.evaluate(
+                    self.ema.module, self.test_set, config.amp
+                ).items()
+            }
         self.history.append(row)
         if rank() == 0:
             score = f"test_{self.task.score}"
             tested = f"  {score.replace('_', ' ')} {row[score]:.3f}" if score in row else ""
-            print(f"epoch {self.epoch}/{config.epochs}  {self.seconds:.0f} s  train loss {train_loss:.3f}{tested}", flush=True)
-            kept = {key: value for key, value in asdict(config).items() if key not in ("out", "device")}  # the same anywhere
-            about = json.dumps({"config": kept, "classes": self.train_set.classes, "size": self.size})
-            weights = {name: tensor.contiguous() for name, tensor in self.ema.module.state_dict().items()}
+            print(
+                f"epoch {self.epoch}/{config.epochs}  {self.seconds:.0f} s  train loss {train_loss:.3f}{tested}",
+                flush=True,
+            )
+            kept = {
+                key: value for key, value in asdict(config).items() if key not in ("out", "device")
+            }  # the same anywhere
+            about = json.dumps(
+                {"config": kept, "classes": self.train_set.classes, "size": self.size}
+            )
+            weights = {
+                name: tensor.contiguous() for name, tensor in self.ema.module.state_dict().items()
+            }
             write(self._path("weights.safetensors"), to_safetensors(weights, {"about": about}))
-            last = next(({k: v for k, v in r.items() if k.startswith(("epoch", "test"))} for r in reversed(self.history)
-                         if score in r), {"epoch": 0})
-            record = {**record, "wall_seconds": self.seconds, "peak_memory_bytes": self.peak, "epochs": self.history,
-                      "results": [last]}
-            write(self._path("record.json"), json.dumps(record, indent=1, allow_nan=False).encode() + b"\n")
+            last = next(
+                (
+                    {k: v for k, v in r.items() if k.startswith(("epoch", "test"))}
+                    for r in reversed(self.history)
+                    if score in r
+                ),
+                {"epoch": 0},
+            )
+            record = {
+                **record,
+                "wall_seconds": self.seconds,
+                "peak_memory_bytes": self.peak,
+                "epochs": self.history,
+                "results": [last],
+            }
+            write(
+                self._path("record.json"),
+                json.dumps(record, indent=1, allow_nan=False).encode() + b"\n",
+            )
         self.loss.zero_()
         self.save()
 
@@ -193,8 +281,15 @@ def train(config):
     """
     device = _start(config)
     gpu = device.type == "cuda"
-    wanted, config = config, replace(config, device=device.type, compile=gpu if config.compile is None else config.compile,
-                             amp=gpu and torch.cuda.is_bf16_supported() if config.amp is None else config.amp)
+    wanted, config = (
+        config,
+        replace(
+            config,
+            device=device.type,
+            compile=gpu if config.compile is None else config.compile,
+            amp=gpu and torch.cuda.is_bf16_supported() if config.amp is None else config.amp,
+        ),
+    )
     if rank():
         dist.barrier()  # the first process alone downloads
     train_set = TASKS[config.task].load(config, "train", config.limit)
@@ -203,11 +298,22 @@ def train(config):
         dist.barrier()
     batch = min(config.batch_size, len(train_set))
     if batch % world() or batch // world() < 2:
-        raise ValueError(f"got steps of {batch} images for {world()} processes, expected at least 2 for each, and as many for "
-                         "every one: change --batch-size")
-    about = {"kind": "train", "command": command(wanted), "config": asdict(config), "seed": config.seed,
-             **provenance(device), "data": {"name": config.data, "copy": f"train: {train_set.copy}; test: {test_set.copy}",
-                                            "splits": {"train": len(train_set), "test": len(test_set)}}}
+        raise ValueError(
+            f"got steps of {batch} images for {world()} processes, expected at least 2 for each, and as many for "
+            "every one: change --batch-size"
+        )
+    about = {
+        "kind": "train",
+        "command": command(wanted),
+        "config": asdict(config),
+        "seed": config.seed,
+        **provenance(device),
+        "data": {
+            "name": config.data,
+            "copy": f"train: {train_set.copy}; test: {test_set.copy}",
+            "splits": {"train": len(train_set), "test": len(test_set)},
+        },
+    }
     run = Run(config, train_set.to(device), test_set.to(device), device)
     run.resume()
     if run.step == 0:
@@ -216,12 +322,22 @@ def train(config):
     with _interruptible() as asked:
         while run.epoch < config.epochs:
             clock, run.net = time.perf_counter(), run.net.train()
-            for index in tqdm(run.batches(), f"epoch {run.epoch + 1}", leave=False, disable=True if rank() else None):
+            for index in tqdm(
+                run.batches(),
+                f"epoch {run.epoch + 1}",
+                leave=False,
+                disable=True if rank() else None,
+            ):
                 run.train_step(index)
                 if run.step % 50 == 0:
                     run.check()
-                if run.step % run.steps and (asked or run.step % config.save_steps == 0):  # the last step's follows below
-                    run.seconds, clock = run.seconds + time.perf_counter() - clock, time.perf_counter()
+                if run.step % run.steps and (
+                    asked or run.step % config.save_steps == 0
+                ):  # the last step's follows below
+                    run.seconds, clock = (
+                        run.seconds + time.perf_counter() - clock,
+                        time.perf_counter(),
+                    )
                     run.save()
                 if asked:
                     break
@@ -237,7 +353,9 @@ def start_from(model, path):
     """Give a model the stem, positions and blocks of the one in a weights.safetensors file, of whatever task. Raises
     ValueError if they do not fit."""
     trained, _ = load_model(path)
-    body, trained = (next(m for m in each.modules() if isinstance(m, XViT)) for each in (model, trained))
+    body, trained = (
+        next(m for m in each.modules() if isinstance(m, XViT)) for each in (model, trained)
+    )
     try:
         transfer(body, trained)
     except ValueError as error:
@@ -259,7 +377,9 @@ def load_model(path):
     except OSError:
         raise
     except Exception as error:  # whatever a file of another kind provokes
-        raise ValueError(f"{path} is no weights.safetensors of a run of this package ({type(error).__name__}: {error})") from error
+        raise ValueError(
+            f"{path} is no weights.safetensors of a run of this package ({type(error).__name__}: {error})"
+        ) from error
     return model.eval(), about["classes"]
 
 
@@ -274,10 +394,14 @@ def main():
         sys.exit(f"error: {error}")
     if rank() == 0:
         score = TASKS[config.task].score
-        print(f"{score} {record['results'][0]['test_' + score]:.1%} on {record['data']['splits']['test']:,} test images, in {config.out}/record.json")
+        print(
+            f"{score} {record['results'][0]['test_' + score]:.1%} on {record['data']['splits']['test']:,} test images, in {config.out}/record.json"
+        )
         if config.data == "shapes" and config.task == "classification":
-            print("next: --attention none --class-depth 0 --no-lpi --out runs/none, to see what is left when no token sees "
-                  "another;\n--data cifar10, for real images; --help, for every option")
+            print(
+                "next: --attention none --class-depth 0 --no-lpi --out runs/none, to see what is left when no token sees "
+                "another;\n--data cifar10, for real images; --help, for every option"
+            )
     if dist.is_initialized():
         dist.destroy_process_group()
 

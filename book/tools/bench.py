@@ -1,7 +1,7 @@
 """Measure X-ViT's attention against PyTorch's scaled_dot_product_attention and record the result.
 
     make bench                        the whole table, a few minutes on two cores, recorded in book/runs/bench/
-    python book/bench.py --quick      the short sequences alone, printed but not recorded
+    python book/tools/bench.py --quick      the short sequences alone, printed but not recorded
 
 Both methods get the same tensors in the same process, in turn, several rounds over; a ratio is taken within a round,
 and the table shows its median and its range over the rounds. A block of short calls starts with one that is not timed.
@@ -31,15 +31,24 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from xvit_minimal import SoftmaxAttention, XNormAttention, xnorm_attention
 from xvit_minimal.record import provenance, write
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 HEADS, D = 6, 64
-LENGTHS = [64, 196, 576, 1024, 4096, 16384]  # tokens: images of 128, 224, 384, 512, 1,024 and 2,048 px in patches of 16
+LENGTHS = [
+    64,
+    196,
+    576,
+    1024,
+    4096,
+    16384,
+]  # tokens: images of 128, 224, 384, 512, 1,024 and 2,048 px in patches of 16
 TOKENS = 8192  # in a batch: the batch shrinks as the sequence grows, so that every row does comparable work
 # Slopes are fitted to rows whose tensors are all as large as those of the longest sequence: otherwise the cost of fresh
 # memory, which jumps with a tensor's size, would be taken for a growth with N.
 FITTED = [1024, 4096, 16384]
 GPU_LENGTHS = [*LENGTHS, 65536]
-GPU_TOKENS = 2**18  # tensors of 200 MB: more than a cache holds, and enough work beside the start of a kernel
+GPU_TOKENS = (
+    2**18
+)  # tensors of 200 MB: more than a cache holds, and enough work beside the start of a kernel
 DTYPES = {"cpu": torch.float32, "cuda": torch.bfloat16}
 
 
@@ -47,7 +56,9 @@ def shapes(device):
     """(tokens, batch) of the rows of the table; on a CPU those that serve only the slopes come last."""
     if device.type == "cuda":
         return [(N, GPU_TOKENS // N) for N in GPU_LENGTHS]
-    return [(N, max(1, TOKENS // N)) for N in LENGTHS] + [(N, max(FITTED) // N) for N in FITTED[:-1]]
+    return [(N, max(1, TOKENS // N)) for N in LENGTHS] + [
+        (N, max(FITTED) // N) for N in FITTED[:-1]
+    ]
 
 
 def inputs(what, N, B, device):
@@ -55,9 +66,16 @@ def inputs(what, N, B, device):
     like = {"device": device, "dtype": DTYPES[device.type]}
     if what == "module":
         torch.manual_seed(0)
-        modules = {"softmax": SoftmaxAttention(HEADS * D, HEADS), "xnorm": XNormAttention(HEADS * D, HEADS)}
-        return (torch.randn(B, N, HEADS * D, **like),), {m: f.to(**like) for m, f in modules.items()}
-    qkv = torch.randn(B, N, 3, HEADS, D, **like).permute(2, 0, 3, 1, 4)  # (3, B, h, N, d), a strided view
+        modules = {
+            "softmax": SoftmaxAttention(HEADS * D, HEADS),
+            "xnorm": XNormAttention(HEADS * D, HEADS),
+        }
+        return (torch.randn(B, N, HEADS * D, **like),), {
+            m: f.to(**like) for m, f in modules.items()
+        }
+    qkv = torch.randn(B, N, 3, HEADS, D, **like).permute(
+        2, 0, 3, 1, 4
+    )  # (3, B, h, N, d), a strided view
     if what == "contiguous":
         qkv = qkv.contiguous()
     return qkv.unbind(0), {"softmax": F.scaled_dot_product_attention, "xnorm": xnorm_attention}
@@ -101,7 +119,9 @@ def peak_bytes(function, arguments, backward):
         torch.cuda.reset_peak_memory_stats()
         call(function, arguments, backward)
         return torch.cuda.max_memory_allocated() - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profiler:
         call(function, arguments, backward)
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
     events.sort(key=lambda e: e.start_ns())
@@ -117,7 +137,9 @@ def copy_rate(device, size=2**30):
 
 def in_turn(functions, arguments, backward, rounds):
     """{method: seconds of a call, by round}: within a round the methods take turns."""
-    tries = 2 if arguments[0].is_cuda else 1  # on a GPU the very first call, which may compile, says little of the next
+    tries = (
+        2 if arguments[0].is_cuda else 1
+    )  # on a GPU the very first call, which may compile, says little of the next
     quick = {m: seconds(f, arguments, backward, tries) for m, f in functions.items()}
     calls = {m: max(1, min(30, round(0.15 / t))) for m, t in quick.items()}  # about 0.15 s a block
     times = {m: [] for m in functions}
@@ -142,8 +164,12 @@ def measure(what, N, B, backward, rounds, device, rate=None):
         functions |= {f"{m}_compiled": f for m, f in extra.items()}
     times = in_turn(functions, arguments, backward, rounds)
     row = {
-        "what": what, "pass": "forward+backward" if backward else "forward", "tokens": N, "batch": B,
-        "softmax_seconds": statistics.median(times["softmax"]), "xnorm_seconds": statistics.median(times["xnorm"]),
+        "what": what,
+        "pass": "forward+backward" if backward else "forward",
+        "tokens": N,
+        "batch": B,
+        "softmax_seconds": statistics.median(times["softmax"]),
+        "xnorm_seconds": statistics.median(times["xnorm"]),
         **spread("ratio", [s / x for s, x in zip(times["softmax"], times["xnorm"])]),
         "softmax_peak_bytes": peak_bytes(functions["softmax"], arguments, backward),
         "xnorm_peak_bytes": peak_bytes(functions["xnorm"], arguments, backward),
@@ -152,11 +178,18 @@ def measure(what, N, B, backward, rounds, device, rate=None):
         peers = times.get("softmax_compiled", times["softmax"])
         row |= {f"{m}_compiled_seconds": statistics.median(times[f"{m}_compiled"]) for m in extra}
         row |= spread("compiled_ratio", [s / x for s, x in zip(peers, times["xnorm_compiled"])])
-        row |= {f"{m}_compiled_peak_bytes": peak_bytes(f, arguments, backward) for m, f in extra.items()}
+        row |= {
+            f"{m}_compiled_peak_bytes": peak_bytes(f, arguments, backward) for m, f in extra.items()
+        }
         if what != "module" and not backward:
-            least = 4 * arguments[0].nbytes / rate  # q, k and v read once, an output of the same size written
-            row |= {"copy_bytes_per_second": rate, "least_seconds": least,
-                    "bandwidth_share": least / row["xnorm_compiled_seconds"]}
+            least = (
+                4 * arguments[0].nbytes / rate
+            )  # q, k and v read once, an output of the same size written
+            row |= {
+                "copy_bytes_per_second": rate,
+                "least_seconds": least,
+                "bandwidth_share": least / row["xnorm_compiled_seconds"],
+            }
     return row
 
 
@@ -165,14 +198,22 @@ def slopes(rows):
     fitted, largest = [], max(r["tokens"] * r["batch"] for r in rows)
     for what in dict.fromkeys(r["what"] for r in rows):
         for direction in dict.fromkeys(r["pass"] for r in rows):
-            chosen = [r for r in rows if r["what"] == what and r["pass"] == direction
-                      and r["tokens"] >= min(FITTED) and r["tokens"] * r["batch"] == largest]
+            chosen = [
+                r
+                for r in rows
+                if r["what"] == what
+                and r["pass"] == direction
+                and r["tokens"] >= min(FITTED)
+                and r["tokens"] * r["batch"] == largest
+            ]
             log_n = np.log([r["tokens"] for r in chosen])
             entry = {"what": what, "pass": direction}
             for method in ("softmax", "xnorm"):
                 for quantity in ("seconds", "peak_bytes"):
                     per_sequence = [r[f"{method}_{quantity}"] / r["batch"] for r in chosen]
-                    entry[f"{method}_{quantity}_slope"] = float(np.polyfit(log_n, np.log(per_sequence), 1)[0])
+                    entry[f"{method}_{quantity}_slope"] = float(
+                        np.polyfit(log_n, np.log(per_sequence), 1)[0]
+                    )
             fitted.append(entry)
     return fitted
 
@@ -183,20 +224,30 @@ def table(rows):
         head += f" {'compiled ms':>12} {'ratio':>7} {'range':>15} {'of copy rate':>12}"
     lines = [head, "-" * len(head)]
     for r in rows:
-        lines.append(f"{r['what']:>11} {r['pass']:>16} {r['tokens']:>6} {r['batch']:>6} {r['softmax_seconds'] * 1e3:>11.2f} "
-                     f"{r['xnorm_seconds'] * 1e3:>9.2f} {r['ratio']:>6.2f}x {r['ratio_min']:>6.2f}–{r['ratio_max']:<6.2f} "
-                     f"{r['softmax_peak_bytes'] / r['xnorm_peak_bytes']:>6.2f}x")
+        lines.append(
+            f"{r['what']:>11} {r['pass']:>16} {r['tokens']:>6} {r['batch']:>6} {r['softmax_seconds'] * 1e3:>11.2f} "
+            f"{r['xnorm_seconds'] * 1e3:>9.2f} {r['ratio']:>6.2f}x {r['ratio_min']:>6.2f}–{r['ratio_max']:<6.2f} "
+            f"{r['softmax_peak_bytes'] / r['xnorm_peak_bytes']:>6.2f}x"
+        )
         if "compiled_ratio" in r:
             share = f"{r['bandwidth_share']:>12.0%}" if "bandwidth_share" in r else ""
-            lines[-1] += (f" {r['xnorm_compiled_seconds'] * 1e3:>12.2f} {r['compiled_ratio']:>6.2f}x "
-                          f"{r['compiled_ratio_min']:>6.2f}–{r['compiled_ratio_max']:<6.2f}  {share}").rstrip()
+            lines[-1] += (
+                f" {r['xnorm_compiled_seconds'] * 1e3:>12.2f} {r['compiled_ratio']:>6.2f}x "
+                f"{r['compiled_ratio_min']:>6.2f}–{r['compiled_ratio_max']:<6.2f}  {share}"
+            ).rstrip()
     return "\n".join(lines)
 
 
 def begin(command, config, device):
     """What a record says about its run before there are results."""
-    return {"kind": "bench", "command": command, "config": config, "seed": 0, **provenance(device),
-            "started": datetime.now(timezone.utc).isoformat(timespec="seconds")}
+    return {
+        "kind": "bench",
+        "command": command,
+        "config": config,
+        "seed": 0,
+        **provenance(device),
+        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
 
 
 def save(name, run, clock, rows):
@@ -208,20 +259,33 @@ def save(name, run, clock, rows):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="N up to 1,024, two rounds, nothing recorded")
-    parser.add_argument("--rounds", type=int, default=5, help="times that both methods take their turn (default 5)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="N up to 1,024, two rounds, nothing recorded"
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=5, help="times that both methods take their turn (default 5)"
+    )
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     gpu, chosen, rounds = device.type == "cuda", shapes(device), args.rounds
     if args.quick:
         chosen, rounds = chosen[:4], 2
-    config = {"heads": HEADS, "channels_per_head": D, "tokens_in_a_batch": GPU_TOKENS if gpu else TOKENS,
-              "tokens_in_a_batch_for_slopes": GPU_TOKENS if gpu else max(FITTED),
-              "dtype": str(DTYPES[device.type]).removeprefix("torch."), "rounds": rounds}
+    config = {
+        "heads": HEADS,
+        "channels_per_head": D,
+        "tokens_in_a_batch": GPU_TOKENS if gpu else TOKENS,
+        "tokens_in_a_batch_for_slopes": GPU_TOKENS if gpu else max(FITTED),
+        "dtype": str(DTYPES[device.type]).removeprefix("torch."),
+        "rounds": rounds,
+    }
     if gpu:
         config["softmax_kernel"] = "FlashAttention"
-    command = "python book/bench.py" + (f" --rounds {args.rounds}" if args.rounds != 5 else "")
+    command = "python book/tools/bench.py" + (
+        f" --rounds {args.rounds}" if args.rounds != 5 else ""
+    )
     run, clock = begin(command, config, device), time.perf_counter()
     torch.manual_seed(0)
     rate = copy_rate(device) if gpu else None
@@ -231,14 +295,21 @@ def main():
             for backward in (False, True):
                 for N, B in chosen:
                     rows.append(measure(what, N, B, backward, rounds, device, rate))
-                    print(f"\r{what}, {rows[-1]['pass']}, N = {N}".ljust(60), end="", file=sys.stderr, flush=True)
+                    print(
+                        f"\r{what}, {rows[-1]['pass']}, N = {N}".ljust(60),
+                        end="",
+                        file=sys.stderr,
+                        flush=True,
+                    )
     print("\r".ljust(62), file=sys.stderr)
     print(table(rows))
     if args.quick:
         return
     for s in slopes(rows):
-        print(f"slopes from N = {min(FITTED)}, {s['what']}, {s['pass']}: time {s['softmax_seconds_slope']:.2f} softmax, "
-              f"{s['xnorm_seconds_slope']:.2f} X-ViT; memory {s['softmax_peak_bytes_slope']:.2f} and {s['xnorm_peak_bytes_slope']:.2f}")
+        print(
+            f"slopes from N = {min(FITTED)}, {s['what']}, {s['pass']}: time {s['softmax_seconds_slope']:.2f} softmax, "
+            f"{s['xnorm_seconds_slope']:.2f} X-ViT; memory {s['softmax_peak_bytes_slope']:.2f} and {s['xnorm_peak_bytes_slope']:.2f}"
+        )
     print(f"recorded in {save('attention', run, clock, rows)}")
 
 

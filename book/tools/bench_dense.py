@@ -1,11 +1,11 @@
 """Measure a training step of segmentation at growing resolution, with three attentions in one body, and record the result.
 
-    python book/bench_dense.py            a quarter of an hour on two cores, recorded in book/runs/bench/
-    python book/bench_dense.py --quick    the smallest pictures alone, printed but not recorded
+    python book/tools/bench_dense.py            a quarter of an hour on two cores, recorded in book/runs/bench/
+    python book/tools/bench_dense.py --quick    the smallest pictures alone, printed but not recorded
 
 A step is forward and backward through the whole model for one picture, tokens of 4 pixels. The attentions take turns within
 a round; a ratio is taken within a round. One whose first step takes longer than STOP seconds gets no rounds, and neither it
-nor one that ran out of a GPU's memory is measured any further. `python book/bench.py` measures the attention alone.
+nor one that ran out of a GPU's memory is measured any further. `python book/tools/bench.py` measures the attention alone.
 """
 
 import argparse
@@ -22,8 +22,16 @@ from xvit_minimal.dense import SemanticFPN, XViTBackbone
 METHODS = ("xnorm", "softmax", "xca")
 BODY = dict(dim=96, depth=4, num_heads=4, stem_stride=4, class_depth=0, num_classes=1)
 CLASSES = 11
-SIZES = {"cpu": [(90, 120), (180, 240), (360, 480), (720, 960), (1440, 1920)],  # CamVid's pictures have 360 x 480 pixels in our copy
-         "cuda": [(180, 240), (360, 480), (720, 960), (1440, 1920), (2880, 3840)]}
+SIZES = {
+    "cpu": [
+        (90, 120),
+        (180, 240),
+        (360, 480),
+        (720, 960),
+        (1440, 1920),
+    ],  # CamVid's pictures have 360 x 480 pixels in our copy
+    "cuda": [(180, 240), (360, 480), (720, 960), (1440, 1920), (2880, 3840)],
+}
 ROUNDS = 3
 STOP = 30  # seconds a step
 
@@ -31,7 +39,9 @@ STOP = 30  # seconds a step
 def build(attention, size):
     """The model of the bench, the same weights for every attention that has them."""
     torch.manual_seed(0)
-    return SemanticFPN(XViTBackbone(XViT(img_size=size, attention=ATTENTIONS[attention], **BODY)), CLASSES)
+    return SemanticFPN(
+        XViTBackbone(XViT(img_size=size, attention=ATTENTIONS[attention], **BODY)), CLASSES
+    )
 
 
 def measure(size, methods, rounds, device):
@@ -53,10 +63,20 @@ def measure(size, methods, rounds, device):
     rows = []
     for name in methods:
         own = times.get(name, [])
-        row = {"model": name, "height": size[0], "width": size[1], "tokens": tokens, **spread("seconds", own),
-               **spread("ratio", [a / b for a, b in zip(own, times.get("xnorm", []))]), "peak_bytes": peaks.get(name)}
+        row = {
+            "model": name,
+            "height": size[0],
+            "width": size[1],
+            "tokens": tokens,
+            **spread("seconds", own),
+            **spread("ratio", [a / b for a, b in zip(own, times.get("xnorm", []))]),
+            "peak_bytes": peaks.get(name),
+        }
         if first.get(name, 0) > STOP:
-            row |= {"first_seconds": first[name], "reason": f"its first step took {first[name]:.0f} s, more than {STOP}"}
+            row |= {
+                "first_seconds": first[name],
+                "reason": f"its first step took {first[name]:.0f} s, more than {STOP}",
+            }
         elif not own:
             row["reason"] = "ran out of the GPU's memory"
         rows.append(row)
@@ -71,21 +91,40 @@ def table(rows):
         line = f"{r['model']:>10} {r['height']:>5}x{r['width']:<5} {r['tokens']:>7,}"
         if r["seconds"] is not None:
             line += f" {r['seconds']:>9.2f}"
-            line += f" {r['ratio']:>8.2f}x {r['ratio_min']:>7.2f}–{r['ratio_max']:<7.2f}" if r["ratio"] is not None else " " * 26
+            line += (
+                f" {r['ratio']:>8.2f}x {r['ratio_min']:>7.2f}–{r['ratio_max']:<7.2f}"
+                if r["ratio"] is not None
+                else " " * 26
+            )
             line += f" {r['peak_bytes'] / 1e6:>8.0f}"
         lines.append(f"{line}  {r['reason']}" if "reason" in r else line)
     return "\n".join(lines)
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="the smallest pictures alone, one round, nothing recorded")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="the smallest pictures alone, one round, nothing recorded",
+    )
     args = parser.parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     sizes, rounds = (SIZES[device.type][:1], 1) if args.quick else (SIZES[device.type], ROUNDS)
-    config = {"methods": METHODS, "body": BODY, "sizes": sizes, "rounds": rounds, "stop_seconds": STOP, "batch": 1,
-              "parameters": {name: sum(p.numel() for p in build(name, (32, 32)).parameters()) for name in METHODS}}
-    run, clock = begin("python book/bench_dense.py", config, device), time.perf_counter()
+    config = {
+        "methods": METHODS,
+        "body": BODY,
+        "sizes": sizes,
+        "rounds": rounds,
+        "stop_seconds": STOP,
+        "batch": 1,
+        "parameters": {
+            name: sum(p.numel() for p in build(name, (32, 32)).parameters()) for name in METHODS
+        },
+    }
+    run, clock = begin("python book/tools/bench_dense.py", config, device), time.perf_counter()
     rows, methods, path = [], list(METHODS), None
     for size in sizes:
         print(f"\r{size[0]} x {size[1]} px".ljust(60), end="", file=sys.stderr, flush=True)

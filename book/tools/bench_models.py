@@ -1,7 +1,7 @@
 """Measure whole models in inference, X-ViT beside XCiT and DeiT: images a second, and peak memory.
 
-    python book/bench_models.py             the whole table, about three minutes on two cores, recorded in book/runs/bench/
-    python book/bench_models.py --quick     224 px alone, one round, printed but not recorded
+    python book/tools/bench_models.py             the whole table, about three minutes on two cores, recorded in book/runs/bench/
+    python book/tools/bench_models.py --quick     224 px alone, one round, printed but not recorded
 
 The models have no trained weights: the time of a call does not depend on them. On a GPU they compute in bfloat16, each as
 it is and compiled; on a CPU in float32, as it is. As in bench.py, the models take turns within a round and a ratio is taken
@@ -14,8 +14,8 @@ import time
 
 import timm
 import torch
-
 from bench import DTYPES, begin, compiled, in_turn, peak_bytes, save, spread
+
 from xvit_minimal import xvit_small
 
 PEER = "deit_small_patch16_224"  # to whose images a second the others' are compared
@@ -40,7 +40,9 @@ def measure(side, batch, compile_them, rounds, device):
     models = {name: build(side).to(device, dtype).eval() for name, build in MODELS.items()}
     functions = compiled(models) if compile_them else dict(models)
     peaks = {}
-    for name in models:  # all models are there by now, so one that fits here fits in its turns as well
+    for (
+        name
+    ) in models:  # all models are there by now, so one that fits here fits in its turns as well
         try:
             peaks[name] = peak_bytes(functions[name], (images,), False)
         except torch.cuda.OutOfMemoryError:
@@ -50,10 +52,16 @@ def measure(side, batch, compile_them, rounds, device):
     rows = []
     for name, model in models.items():
         row = {
-            "model": name, "side": side, "tokens": (side // PATCH) ** 2, "batch": batch, "compiled": compile_them,
-            "dtype": str(dtype).removeprefix("torch."), **spread("images_per_second", speeds[name]),
+            "model": name,
+            "side": side,
+            "tokens": (side // PATCH) ** 2,
+            "batch": batch,
+            "compiled": compile_them,
+            "dtype": str(dtype).removeprefix("torch."),
+            **spread("images_per_second", speeds[name]),
             **spread("ratio", [own / peer for own, peer in zip(speeds[name], speeds[PEER])]),
-            "peak_bytes": peaks.get(name), "parameters": sum(p.numel() for p in model.parameters()),
+            "peak_bytes": peaks.get(name),
+            "parameters": sum(p.numel() for p in model.parameters()),
         }
         if row["ratio"] is None:
             row["reason"] = f"{PEER if name in functions else name} ran out of the GPU's memory"
@@ -63,11 +71,15 @@ def measure(side, batch, compile_them, rounds, device):
 
 def table(rows):
     """The rows as text, in columns; peak memory is that of a call, beyond the weights and the images."""
-    head = (f"{'model':>24} {'px':>5} {'batch':>6} {'compiled':>9} {'images/s':>9} {'range':>17} {'to DeiT':>8} {'range':>13} "
-            f"{'peak MB':>8}")
+    head = (
+        f"{'model':>24} {'px':>5} {'batch':>6} {'compiled':>9} {'images/s':>9} {'range':>17} {'to DeiT':>8} {'range':>13} "
+        f"{'peak MB':>8}"
+    )
     lines = [head, "-" * len(head)]
     for r in rows:
-        line = f"{r['model']:>24} {r['side']:>5} {r['batch']:>6} {'yes' if r['compiled'] else 'no':>9}"
+        line = (
+            f"{r['model']:>24} {r['side']:>5} {r['batch']:>6} {'yes' if r['compiled'] else 'no':>9}"
+        )
         if r["images_per_second"] is not None:
             line += f" {r['images_per_second']:>9.1f} {r['images_per_second_min']:>8.1f}–{r['images_per_second_max']:<8.1f}"
             if r["ratio"] is not None:
@@ -78,19 +90,28 @@ def table(rows):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="224 px alone, one round, nothing recorded")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="224 px alone, one round, nothing recorded"
+    )
     args = parser.parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     batches, rounds = BATCHES[device.type], 1 if args.quick else ROUNDS
     sides = list(batches)[:1] if args.quick else list(batches)
     config = {"models": list(MODELS), "batches": batches, "rounds": rounds, "ratio_to": PEER}
-    run, clock = begin("python book/bench_models.py", config, device), time.perf_counter()
+    run, clock = begin("python book/tools/bench_models.py", config, device), time.perf_counter()
     run["versions"]["timm"] = timm.__version__
     rows = []
     for compile_them in (False, True) if device.type == "cuda" else (False,):
         for side in sides:
-            print(f"\r{side} px{', compiled' if compile_them else ''}".ljust(60), end="", file=sys.stderr, flush=True)
+            print(
+                f"\r{side} px{', compiled' if compile_them else ''}".ljust(60),
+                end="",
+                file=sys.stderr,
+                flush=True,
+            )
             rows += measure(side, batches[side], compile_them, rounds, device)
             if not args.quick:
                 path = save("models", run, clock, rows)

@@ -1,8 +1,8 @@
 """Keep what the book shows equal to what it comes from.
 
-    python book/sync.py [CHAPTER.ipynb ...]     rewrite, then execute these chapters (all of them without arguments)
-    python book/sync.py --check                 rewrite nothing, say what differs, exit 1 if anything does
-    python book/sync.py --no-execute            rewrite only
+    python book/tools/sync.py [CHAPTER.ipynb ...]     rewrite, then execute these chapters (all of them without arguments)
+    python book/tools/sync.py --check                 rewrite nothing, say what differs, exit 1 if anything does
+    python book/tools/sync.py --no-execute            rewrite only
 
 Rewritten are the set-up cell of every chapter (from setup_cell.py and _config.yml) and the cells that begin with the
 path of a package file (from that file). Everything is written through a temporary file, so an interruption loses nothing.
@@ -17,23 +17,29 @@ from pathlib import Path
 import nbformat
 import yaml
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def chapters(root=ROOT):
     """Paths of the notebooks in the table of contents, in reading order."""
     toc = yaml.safe_load((root / "_toc.yml").read_text())
     files = [c["file"] for part in toc["parts"] for c in part["chapters"]]
-    return [root / f"{f}.ipynb" for f in files if (root / f"{f}.ipynb").exists() or not (root / f"{f}.md").exists()]
+    return [
+        root / f"{f}.ipynb"
+        for f in files
+        if (root / f"{f}.ipynb").exists() or not (root / f"{f}.md").exists()
+    ]
 
 
 def setup_source(root=ROOT):
     """The set-up cell, with the repository and the ref that _config.yml names."""
     repository = yaml.safe_load((root / "_config.yml").read_text())["repository"]
     placeholder = "https://github.com/OWNER/REPOSITORY@REF"
-    source = (root / "book/setup_cell.py").read_text().strip()
+    source = (root / "book/tools/setup_cell.py").read_text().strip()
     if placeholder not in source:
-        raise ValueError(f"book/setup_cell.py does not contain {placeholder}: put it back, it is replaced in the chapters")
+        raise ValueError(
+            f"book/tools/setup_cell.py does not contain {placeholder}: put it back, it is replaced in the chapters"
+        )
     return source.replace(placeholder, f"{repository['url']}@{repository['branch']}")
 
 
@@ -41,7 +47,11 @@ def defined_name(node):
     """The name that a top-level definition or constant binds, or None."""
     if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
         return node.name
-    if isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name):
+    if (
+        isinstance(node, ast.Assign)
+        and len(node.targets) == 1
+        and isinstance(node.targets[0], ast.Name)
+    ):
         return node.targets[0].id
     return None
 
@@ -75,8 +85,10 @@ def package_source(cell, root=ROOT):
     for node in ast.parse(cell.source).body:
         name = defined_name(node)
         if name not in known:
-            raise ValueError(f"a cell shows {name or ast.unparse(node)[:60]!r} as part of {path}, which has no such "
-                             "definition: add it there, or take the first line off the cell")
+            raise ValueError(
+                f"a cell shows {name or ast.unparse(node)[:60]!r} as part of {path}, which has no such "
+                "definition: add it there, or take the first line off the cell"
+            )
         parts.append(known[name])
     text = parts[0] + "\n" + parts[1] if len(parts) > 1 else parts[0]
     for before, part in zip(parts[1:], parts[2:]):
@@ -111,8 +123,10 @@ def execute(notebook, path):
     NotebookClient(notebook, timeout=300, resources=here, coalesce_streams=True).execute()
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)
-    notebook.metadata = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
-                         "language_info": {"name": "python"}}
+    notebook.metadata = {
+        "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+        "language_info": {"name": "python"},
+    }
 
 
 def write(text, path):
@@ -123,10 +137,18 @@ def write(text, path):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("chapters", nargs="*", type=Path, help="notebooks; all of the table of contents by default")
-    parser.add_argument("--check", action="store_true", help="change nothing, exit 1 if something is out of date")
-    parser.add_argument("--no-execute", action="store_true", help="rewrite the cells but keep the old outputs")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "chapters", nargs="*", type=Path, help="notebooks; all of the table of contents by default"
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="change nothing, exit 1 if something is out of date"
+    )
+    parser.add_argument(
+        "--no-execute", action="store_true", help="rewrite the cells but keep the old outputs"
+    )
     args = parser.parse_args(argv)
     stale = False
     for path in args.chapters or chapters():

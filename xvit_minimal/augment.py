@@ -1,0 +1,128 @@
+"""Training pictures changed at random: in batches for classification, one by one together with their masks or boxes."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+
+from .images import normalize
+
+AUGMENTATIONS = ("none", "flip", "shift", "crop", "shift+randaugment", "crop+randaugment")
+DENSE_AUGMENTATIONS = ("none", "flip", "crop")
+
+
+class Augment(nn.Module):
+    """Batches uint8 (B, 3, H, W) on any device -> float32 (B, 3, H, W) on it, changed at random and normalized.
+
+    `how` is one of AUGMENTATIONS. All but "none" mirror each image with probability 1/2; "shift" then moves it by up to
+    an eighth of its side, "crop" enlarges a part of it, each by a draw of its own. "+randaugment" adds RandAugment (two
+    operations, magnitude 9) with one draw for every `group` images. All draws come from torch's global CPU generator.
+    Raises ValueError for another `how`, or a batch that is no uint8. Source: Cubuk et al., arXiv:1909.13719.
+    """
+
+    def __init__(self, how="shift+randaugment", group=16):
+        super().__init__()
+        if how not in AUGMENTATIONS:
+            raise ValueError(
+                f"got augmentation {how!r}, expected one of {', '.join(AUGMENTATIONS)}"
+            )
+        self.how, self.group = how, group
+        self.randaugment = v2.RandAugment(num_ops=2, magnitude=9, fill=128)
+
+    def forward(self, x):
+        if x.ndim != 4 or x.shape[1] != 3 or x.dtype != torch.uint8:
+            raise ValueError(
+                f"got a batch {x.dtype} {tuple(x.shape)}, expected torch.uint8 (B, 3, H, W), as load returns them"
+            )
+        move, _, more = self.how.partition("+")
+        if move != "none":
+            x = flip(x)
+        if move in ("shift", "crop"):
+            x = shift(x, x.shape[-1] // 8) if move == "shift" else resized_crop(x, x.shape[-1])
+        if more:
+            x = torch.cat([self.randaugment(part) for part in x.split(self.group)])
+        return normalize(x)
+
+
+def flip(x):
+    """Each image of the batch (B, C, H, W) mirrored, left to right, with probability 1/2."""
+    mirrored = torch.rand(len(x), 1, 1, 1) < 0.5
+    return torch.where(mirrored.to(x.device), x.flip(-1), x)
+
+
+def shift(x, most):
+    """Each image of the batch (B, C, S, S) shifted by up to `most` pixels along both axes, its edge mirrored."""
+    B, _, S, _ = x.shape
+    index = torch.arange(S) + torch.randint(
+        -most, most + 1, (2, B, 1)
+    )  # (2, B, S), from -most to S - 1 + most
+    rows, columns = (S - 1 - (S - 1 - index.abs()).abs()).to(x.device)  # -1 is 1, and S is S - 2
+    image = torch.arange(B, device=x.device)[:, None, None]
+    return x.permute(0, 2, 3, 1)[image, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+def resized_crop(x, size):
+    """A part of each image (35% to 100% of its area, sides 3:4 to 4:3), resized: (B, C, H, W) -> (B, C, size, size)."""
+    B, C = x.shape[:2]
+    area, ratio = 0.35 + 0.65 * torch.rand(B), (4 / 3) ** (2 * torch.rand(B) - 1)
+    part = (
+        torch.stack([area * ratio, area / ratio], dim=1).sqrt().clamp(max=1)
+    )  # (B, 2): of the width, of the height
+    centre = (2 * torch.rand(B, 2) - 1) * (1 - part)  # the image reaches from -1 to 1
+    theta = torch.cat([torch.diag_embed(part), centre[:, :, None]], dim=2).to(x.device)  # (B, 2, 3)
+    grid = F.affine_grid(theta, [B, C, size, size], align_corners=False)
+    return (
+        F.grid_sample(x.float(), grid, padding_mode="border", align_corners=False)
+        .round()
+        .to(torch.uint8)
+    )
+
+
+class AugmentDense:
+    """A picture together with its mask or its boxes, changed at random: see __call__. `size`: (height, width).
+
+    `how` is one of DENSE_AUGMENTATIONS: "flip" mirrors with probability 1/2; "crop" then cuts out a part (25% to 100% of the area,
+    sides 0.8 to 1.25 of the picture's), enlarges it to `size` and changes brightness, contrast and saturation. Boxes are cut
+    with their picture, and left out if less than 4 pixels are left of a side. Each picture has draws of its own, from
+    torch's global CPU generator. The changes are torchvision's. Raises ValueError for another `how`.
+    """
+
+    def __init__(self, how, size):
+        if how not in DENSE_AUGMENTATIONS:
+            raise ValueError(
+                f"got augmentation {how!r}, expected one of {', '.join(DENSE_AUGMENTATIONS)} for dense prediction"
+            )
+        ratio = size[1] / size[0]
+        crop = [
+            v2.RandomResizedCrop(
+                size, scale=(0.25, 1.0), ratio=(0.8 * ratio, 1.25 * ratio), antialias=True
+            ),
+            v2.ColorJitter(brightness=0.3, contrast=0.3, saturation=0.3),
+        ]
+        steps = (
+            [] if how == "none" else [v2.RandomHorizontalFlip()] + (crop if how == "crop" else [])
+        )
+        self.change, self.size = v2.Compose(steps) if steps else lambda sample: sample, size
+        self.clean = v2.SanitizeBoundingBoxes(
+            min_size=4, labels_getter=lambda sample: sample["labels"]
+        )
+        if how != "crop":
+            self.clean = lambda sample: sample  # nothing has cut a box
+
+    def with_mask(self, image, mask):
+        """uint8 (3, H, W) and (H, W) -> uint8 of the same shapes."""
+        sample = self.change({"image": tv_tensors.Image(image), "mask": tv_tensors.Mask(mask)})
+        return sample["image"].as_subclass(torch.Tensor), sample["mask"].as_subclass(torch.Tensor)
+
+    def with_boxes(self, image, boxes, labels):
+        """uint8 (3, H, W), float (k, 4), int64 (k,) -> the same with at most k boxes."""
+        boxes = tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=self.size)
+        sample = self.clean(
+            self.change({"image": tv_tensors.Image(image), "boxes": boxes, "labels": labels})
+        )
+        return (
+            sample["image"].as_subclass(torch.Tensor),
+            sample["boxes"].as_subclass(torch.Tensor),
+            sample["labels"],
+        )
