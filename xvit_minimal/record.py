@@ -3,9 +3,9 @@
 import contextlib
 import os
 import platform
-import random
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +26,7 @@ def write(path, content, keep=None):
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-    except OSError:
+    except BaseException:  # Ctrl-C as well
         with contextlib.suppress(OSError):
             part.unlink()
         raise
@@ -36,37 +36,70 @@ def write(path, content, keep=None):
 
 
 def read_checkpoint(path, keys):
-    """The dictionary in a file of torch.save. Raises ValueError if the file is damaged, has other keys than `keys`, or
-    holds anything but tensors, numbers, text and containers of them: a pickle that would run code is never run."""
+    """The dictionary in a file of torch.save. Raises ValueError if the file is damaged, has other keys than
+    `keys`, or holds anything but tensors, numbers, text and containers of them: a pickle that would run code
+    is never run."""
     try:
+        with zipfile.ZipFile(path) as file:  # what torch.save writes, with a checksum for each tensor
+            changed = file.testzip()  # torch.load does not look at the checksums
+        if changed:
+            raise ValueError(f"a byte of {changed} has changed")
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises whatever a broken file provokes
+    except Exception as error:  # both raise whatever a broken file provokes
         raise ValueError(
             f"refused {path}: damaged, or no checkpoint ({type(error).__name__})"
         ) from error
-    if not isinstance(state, dict) or set(state) != set(keys):
+    if not isinstance(state, dict) or not {"model", "optimizer"} <= set(state):
         raise ValueError(f"refused {path}: no checkpoint of this program")
+    if set(state) != set(keys):
+        raise ValueError(
+            f"refused {path}: written by another version of this package, which alone can go on with it"
+        )
     return state
 
 
-def random_state():
-    """The state of every random number generator (torch's, each GPU's, NumPy's, Python's), as tensors and numbers."""
-    name, numbers, *rest = np.random.get_state()
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        "numpy": [name, numbers.tolist(), *rest],
-        "python": random.getstate(),
-    }
+@contextlib.contextmanager
+def lock(folder):
+    """Makes a folder, and keeps every other process that asks for its lock out until the end.
+
+    The system gives the lock back when the process ends, however it does; so none is ever stale. Raises
+    ValueError if another process has it, OSError if the folder cannot be written. (Windows has no such locks:
+    start a command only once there.)
+    """
+    path = Path(folder) / "run.lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if sys.platform == "win32":
+        yield
+        return
+    file = _locked(path)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            path.unlink()  # while it is still locked: nobody else's is taken away
+        file.close()
 
 
-def set_random_state(state):
-    """Put every generator back to where `random_state` found it."""
-    torch.set_rng_state(state["torch"])
-    if state["cuda"]:
-        torch.cuda.set_rng_state_all(state["cuda"])
-    np.random.set_state(tuple(state["numpy"]))
-    random.setstate(state["python"])
+def _locked(path):
+    import fcntl  # not there on Windows
+
+    while True:
+        file = open(path, "ab")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                return file
+        except FileNotFoundError:
+            pass
+        except BlockingIOError:
+            file.close()
+            raise ValueError(
+                f"another run is using {path.parent}: wait until it has ended, or choose another --out"
+            ) from None
+        except OSError as error:
+            print(f"{path}: no lock here ({error.strerror}): start this command only once")
+            return file
+        file.close()  # of a run that has just ended and taken its file away: once more
 
 
 def provenance(device):
@@ -74,8 +107,8 @@ def provenance(device):
     -dirty if the package has changes that are not committed."""
     versions = {
         "python": platform.python_version(),
-        "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
+        "torch": str(torch.__version__),  # TorchVersion is not text to a checkpoint
+        "torchvision": str(torchvision.__version__),
         "numpy": np.__version__,
     }
     gpu = driver = None
