@@ -9,7 +9,6 @@ import hashlib
 import os
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -62,14 +61,6 @@ def load(name, split="train", size=None, limit=None, root="data"):
     a folder). `limit`: only the first limit / classes images of each class.
     Raises ValueError, naming the file or folder, for what is missing, damaged or larger than the machine's memory.
     """
-    if split == "train+val":
-        split = "train"
-    if split == "val" and name == "shapes":
-        return shapes(limit or 200, size or 32, seed=2)
-    if split == "val":
-        whole = load(name, "train", size, limit, root)
-        tenth = slice(0, None, 10)
-        return replace(whole, images=whole.images[tenth], labels=whole.labels[tenth])
     if split not in ("train", "test") or any(
         number is not None and number < 1 for number in (size, limit)
     ):

@@ -87,10 +87,6 @@ def load(name, task, split="train", size=None, limit=None, root="data"):
     A box without width or height is left out, and `copy` says how many were. Boxes that VOC calls difficult are boxes.
     Raises ValueError, naming the file or folder, for what is missing, damaged or contradicts itself.
     """
-    if split == "train+val":
-        split = "train"
-    if split == "val":
-        return load(name, task, "test", size, limit or (20 if name == "shapes" else None), root)
     if task not in ("segmentation", "detection") or split not in ("train", "test"):
         raise ValueError(
             f"got task={task!r} and split={split!r}, expected 'segmentation' or 'detection', 'train' or 'test'"

@@ -1,6 +1,5 @@
 """Pictures as bytes: a set of them in memory, a file read into it, and bytes turned into a model's input."""
 
-import hashlib
 import os
 from dataclasses import dataclass, replace
 
@@ -27,14 +26,6 @@ class ImageSet:
     masks: torch.Tensor | None = None
     boxes: list | None = None
     box_labels: list | None = None
-
-    @property
-    def fingerprint(self):
-        digest = hashlib.sha256(repr((self.classes, tuple(self.images.shape))).encode())
-        for part in (self.images, self.labels, self.masks, *(self.boxes or ()), *(self.box_labels or ())):
-            if part is not None:
-                digest.update(part.cpu().contiguous().numpy().tobytes())
-        return digest.hexdigest()
 
     def __len__(self):
         return len(self.images)

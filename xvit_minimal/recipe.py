@@ -187,10 +187,6 @@ def recipe(data="shapes", task="classification", **changes):
     )
 
 
-def settle(config, train_set):
-    return config, []
-
-
 def build(config, num_classes, img_size):
     """The XViT that a Config describes, for images of img_size pixels, a side or (height, width)."""
     sizes = {

@@ -24,10 +24,6 @@ class Classification:
 
     score = "top1"
 
-    @staticmethod
-    def check(config):
-        pass
-
     def __init__(self, config, train_set):
         self.config, classes = config, len(train_set.classes)
         self.augment = Augment(config.augment)
@@ -86,10 +82,6 @@ class Segmentation:
     intersection over union of prediction and truth, in pixels of the whole set, averaged over the classes."""
 
     score = "miou"
-
-    @staticmethod
-    def check(config):
-        pass
 
     def __init__(self, config, train_set):
         self.config = config
@@ -160,10 +152,6 @@ class Detection:
     the classes and over the overlaps 0.50, 0.55, ..., 0.95 from which on a box counts as found."""
 
     score = "map"
-
-    @staticmethod
-    def check(config):
-        pass
 
     def __init__(self, config, train_set):
         self.config = config
