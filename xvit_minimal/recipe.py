@@ -81,11 +81,6 @@ class Config:
     limit: int | None = _option(None, "train on the first LIMIT images, equally many of each class")
     epochs: int = _option(100, "times that every training image is seen")
     batch_size: int = _option(512, "images in a step, over all processes")
-    micro_batch: int | None = _option(
-        None,
-        "images of a step that a process computes at once, by default as many as half of the free "
-        "memory holds; BatchNorm's statistics are theirs",
-    )
     lr: float = _option(1e-3, "peak learning rate of AdamW")
     final_lr: float = _option(1e-5, "learning rate at the end of the cosine")
     warmup: float = _option(10, "epochs of linear warm-up, at most a fifth of all")
@@ -101,15 +96,12 @@ class Config:
     ema: float = _option(
         0.999, "decay of the averaged weights, which are the ones evaluated and kept"
     )
-    holdout: bool = _option(
-        True, "keep a part of the training images for the epochs' scores, see data.load"
-    )
     seed: int = _option(0, "of the weights, the order and the augmentation")
     save_steps: int = _option(
         500, "steps between two checkpoints; every epoch ends with one as well"
     )
     eval_epochs: int = _option(
-        1, "epochs between two looks at the validation images; the last epoch always has one"
+        1, "epochs between two looks at the test images; the last epoch always has one"
     )
     device: str | None = _option(None, "cpu, cuda, ...; by default a GPU if there is one")
     amp: bool | None = _option(None, "bfloat16 autocast; by default where a GPU has it")
@@ -142,7 +134,7 @@ _RANGES = (
         lambda v: v >= 1,
         "at least 1",
     ),
-    ("batch_size micro_batch", lambda v: v >= 2, "at least 2: BatchNorm needs more than one image"),
+    ("batch_size", lambda v: v >= 2, "at least 2: BatchNorm needs more than one image"),
     ("pyramid", lambda v: v >= 8 and v % 8 == 0, "a multiple of 8"),
     ("class_depth seed", lambda v: v >= 0, "at least 0"),
     ("lr", lambda v: 0 < v < math.inf, "a positive number"),

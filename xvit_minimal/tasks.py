@@ -1,9 +1,7 @@
 """The three tasks that train.py knows, each with its model, its loss and its scores: classification, segmentation, detection.
 
-A task is made of a Config and the training set. At each step the loop asks it for a `batch`, a tuple whose fields have an
-entry for each picture; for the `loss` of each part that the batch is cut into; and for the `weight` of that part, so that
-the weighted mean of the parts' losses is the whole batch's loss. When an epoch is over it asks for `evaluate`: a dictionary
-of numbers, of which `score` names the one to look at. With several processes each does a part.
+A task is made of a Config and the training set. The loop asks it for `loss` at each step, and for `evaluate` when an epoch
+is over: a dictionary of numbers, of which `score` names the one to look at. With several processes each does a part.
 """
 
 import torch
@@ -37,25 +35,15 @@ class Classification:
     model = staticmethod(build)
     cost = staticmethod(cost)
 
-    def batch(self, images, index, epoch, device):
-        """(x, labels): the images `index` of an ImageSet, augmented; all random draws of a step but the model's own."""
+    def loss(self, net, images, index, epoch, device):
+        """The mean loss () on the images `index` of an ImageSet, augmented."""
         x = self.augment(images.images[index].to(device))  # uint8 -> floats (B, 3, H, W)
         labels = images.labels[index].to(device)  # (B,)
         if epoch < self.config.mix * self.config.epochs:
             x, labels = self.mix(x, labels)  # labels (B, classes): two classes share an image
-        return x, labels
-
-    def loss(self, net, batch):
-        """The mean loss () of the images of a batch."""
-        x, labels = batch
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.config.amp):
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.config.amp):
             logits = net(x)  # (B, classes)
         return F.cross_entropy(logits.float(), labels, label_smoothing=self.config.label_smoothing)
-
-    @staticmethod
-    def weight(batch):
-        """How many images the loss is a mean of."""
-        return len(batch[0])
 
     @staticmethod
     @torch.no_grad()
@@ -98,23 +86,13 @@ class Segmentation:
     def model(config, num_classes, img_size):
         return SemanticFPN(XViTBackbone(build(config, 1, img_size), config.pyramid), num_classes)
 
-    def batch(self, images, index, epoch, device):
-        """(x, masks): the images `index` of an ImageSet, augmented together with their masks."""
+    def loss(self, net, images, index, epoch, device):
+        """The mean loss () on the images `index` of an ImageSet, augmented together with their masks."""
         pairs = [self.augment.with_mask(images.images[i], images.masks[i]) for i in index.tolist()]
         x, masks = (torch.stack(part).to(device) for part in zip(*pairs))  # (B, 3, H, W), (B, H, W)
-        return data.normalize(x), masks
-
-    def loss(self, net, batch):
-        """The mean loss () of the pixels of a batch that are not void."""
-        x, masks = batch
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.config.amp):
-            logits = net(x)  # (B, J, H, W)
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.config.amp):
+            logits = net(data.normalize(x))  # (B, J, H, W)
         return segmentation_loss(logits, masks)
-
-    @staticmethod
-    def weight(batch):
-        """How many pixels the loss is a mean of."""
-        return (batch[1] != VOID).sum()
 
     @staticmethod
     @torch.no_grad()
@@ -175,8 +153,8 @@ class Detection:
         """(parameters, multiply-adds) of the network; what is made of its output depends on the image."""
         return cost(_Maps(model), img_size)
 
-    def batch(self, images, index, epoch, device):
-        """(x, targets): the images `index` of an ImageSet, augmented together with their boxes."""
+    def loss(self, net, images, index, epoch, device):
+        """The sum () of the two losses on the images `index` of an ImageSet, augmented together with their boxes."""
         changed = [
             self.augment.with_boxes(images.images[i], images.boxes[i], images.box_labels[i])
             for i in index.tolist()
@@ -185,18 +163,8 @@ class Detection:
         targets = [
             {"boxes": boxes.to(device), "labels": labels.to(device)} for _, boxes, labels in changed
         ]
-        return x, targets
-
-    def loss(self, net, batch):
-        """The sum () of the two losses, each a mean over the images of a batch."""
-        x, targets = batch
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.config.amp):
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.config.amp):
             return sum(net(x, targets).values())
-
-    @staticmethod
-    def weight(batch):
-        """How many images the loss is a mean of."""
-        return len(batch[0])
 
     @classmethod
     def evaluate(cls, model, images, amp=False):
