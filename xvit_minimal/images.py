@@ -26,6 +26,7 @@ class ImageSet:
     masks: torch.Tensor | None = None
     boxes: list | None = None
     box_labels: list | None = None
+    sizes: torch.Tensor | None = None
 
     def __len__(self):
         return len(self.images)
@@ -95,3 +96,19 @@ def check_memory(needed, what):
             f"{what} need {needed / 1e9:,.1f} GB, and this machine has {there / 1e9:,.1f} GB of memory: "
             "lower size or limit"
         )
+
+
+def size_of(path):
+    """(width, height) of the picture in a file, turned as its EXIF data say."""
+    with Image.open(path) as file:
+        return ImageOps.exif_transpose(file).size
+
+
+def stack(parts, fill):
+    """Tensors (..., H, W) of different sizes as one, padded at the right and below, and their sizes int64 (n, 2)."""
+    sizes = torch.tensor([part.shape[-2:] for part in parts])  # (n, 2)
+    height, width = sizes.amax(0).tolist()
+    whole = parts[0].new_full((len(parts), *parts[0].shape[:-2], height, width), fill)
+    for to, part in zip(whole, parts):
+        to[..., : part.shape[-2], : part.shape[-1]] = part
+    return whole, sizes

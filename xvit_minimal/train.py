@@ -27,18 +27,18 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
-from safetensors.torch import save as to_safetensors
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from tqdm import tqdm
+from torch.optim.swa_utils import AveragedModel
 
+from .command_line import command, parse
 from .dense import transfer
 from .distributed import rank, synchronize_batch_norms, total, world
 from .model import XViT
-from .recipe import Config, command, learning_rate, parameter_groups, parse
+from .optimization import averaging, learning_rate, parameter_groups
+from .recipe import settle
 from .record import peak_memory, provenance, random_state, read_checkpoint, set_random_state, write
-from .tasks import TASKS
+from .tasks import TASKS, describe
+from .weights import load_model, pack
 
 
 class Run:
@@ -78,7 +78,7 @@ class Run:
         if dist.is_initialized():
             synchronize_batch_norms(self.model)
         self.ema = AveragedModel(
-            self.model, multi_avg_fn=get_ema_multi_avg_fn(config.ema), use_buffers=True
+            self.model, multi_avg_fn=averaging(config.ema), use_buffers=True
         )
         self.optimizer = torch.optim.AdamW(
             parameter_groups(self.model, config.weight_decay), lr=1.0
@@ -239,13 +239,9 @@ class Run:
             kept = {
                 key: value for key, value in asdict(config).items() if key not in ("out", "device")
             }  # the same anywhere
-            about = json.dumps(
-                {"config": kept, "classes": self.train_set.classes, "size": self.size}
-            )
-            weights = {
-                name: tensor.contiguous() for name, tensor in self.ema.module.state_dict().items()
-            }
-            write(self._path("weights.safetensors"), to_safetensors(weights, {"about": about}))
+            threshold = row.get("val_threshold")
+            packed = pack(self.ema.module, kept, self.train_set.classes, self.size, threshold)
+            write(self._path("weights.safetensors"), packed)
             last = next(
                 (
                     {k: v for k, v in r.items() if k.startswith(("epoch", "test"))}
@@ -279,6 +275,11 @@ def train(config):
     Raises ValueError for input that does not fit, FloatingPointError if a number is no longer finite, OSError if a file
     cannot be written; the last good checkpoint stays in each case.
     """
+    TASKS[config.task].check(config)
+    if config.init:
+        load_model(config.init)  # refused now, and not after the data are loaded
+    from tqdm import tqdm
+
     device = _start(config)
     gpu = device.type == "cuda"
     wanted, config = (
@@ -294,6 +295,9 @@ def train(config):
         dist.barrier()  # the first process alone downloads
     train_set = TASKS[config.task].load(config, "train", config.limit)
     test_set = TASKS[config.task].load(config, "test", None)
+    config, chosen = settle(config, train_set)
+    for line in chosen:
+        print(line)
     if dist.is_initialized() and not rank():
         dist.barrier()
     batch = min(config.batch_size, len(train_set))
@@ -362,27 +366,6 @@ def start_from(model, path):
         raise ValueError(f"{path}: {error}") from error
 
 
-def load_model(path):
-    """(model, classes): the model in a weights.safetensors file, in evaluation mode, in float32, and its classes' names.
-
-    Raises ValueError if the file is damaged, or is none that a run of this package wrote.
-    """
-    try:
-        with safe_open(path, "pt") as file:
-            weights = {name: file.get_tensor(name) for name in file.keys()}
-            about = json.loads(file.metadata()["about"])
-        config = Config(**about["config"])
-        model = TASKS[config.task].model(config, len(about["classes"]), about["size"])
-        model.load_state_dict(weights)
-    except OSError:
-        raise
-    except Exception as error:  # whatever a file of another kind provokes
-        raise ValueError(
-            f"{path} is no weights.safetensors of a run of this package ({type(error).__name__}: {error})"
-        ) from error
-    return model.eval(), about["classes"]
-
-
 def main():
     """The command line: python -m xvit_minimal.train --help."""
     config = parse()
@@ -393,9 +376,10 @@ def main():
     except (ValueError, FloatingPointError, OSError) as error:
         sys.exit(f"error: {error}")
     if rank() == 0:
-        score = TASKS[config.task].score
+        scores = {key.removeprefix("test_"): v for key, v in record["results"][0].items()}
         print(
-            f"{score} {record['results'][0]['test_' + score]:.1%} on {record['data']['splits']['test']:,} test images, in {config.out}/record.json"
+            f"{describe(config.task, scores)}, on {record['data']['splits']['test']:,} test images, "
+            f"in {config.out}/record.json"
         )
         if config.data == "shapes" and config.task == "classification":
             print(
