@@ -41,7 +41,7 @@ class ImageSet:
         return replace(self, **{key: move(value) for key, value in vars(self).items()})
 
 
-def read_image(path, size, square=True):
+def read_image(path, size=None, square=True):
     """The picture in a file as uint8 (3, size, size), turned as its EXIF data say; otherwise as `fit` makes it.
 
     Raises ValueError, naming the file, if it cannot be read."""
@@ -56,7 +56,8 @@ def read_image(path, size, square=True):
         raise ValueError(
             f"{path}: cannot be read as an image ({error}): replace the file or take it away"
         ) from error
-    return fit(torch.from_numpy(pixels).permute(2, 0, 1), size, square)
+    image = torch.from_numpy(pixels).permute(2, 0, 1)
+    return fit(image, size or max(image.shape[1:]), square and size is not None)
 
 
 def fit(image, size, square=True):
@@ -96,12 +97,6 @@ def check_memory(needed, what):
             f"{what} need {needed / 1e9:,.1f} GB, and this machine has {there / 1e9:,.1f} GB of memory: "
             "lower size or limit"
         )
-
-
-def size_of(path):
-    """(width, height) of the picture in a file, turned as its EXIF data say."""
-    with Image.open(path) as file:
-        return ImageOps.exif_transpose(file).size
 
 
 def stack(parts, fill):

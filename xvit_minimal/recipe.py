@@ -115,6 +115,11 @@ class Config:
         "images in a step, over all processes; by default 512 (dense tasks: 8), and fewer where an "
         f"epoch would have less than {STEPS} steps",
     )
+    micro_batch: int | None = _option(
+        None,
+        "images of a step that a process computes at once, by default as many as half of the free "
+        "memory holds; BatchNorm's statistics are theirs",
+    )
     lr: float | None = _option(
         None, "peak learning rate of AdamW; by default 1e-3, and less for a small batch"
     )
@@ -136,12 +141,15 @@ class Config:
         "decay of the averaged weights, which are the ones evaluated and kept; by default their "
         "mean age is a twentieth of the run",
     )
+    holdout: bool = _option(
+        True, "keep a part of the training images for the epochs' scores, see data.load"
+    )
     seed: int = _option(0, "of the weights, the order and the augmentation")
     save_steps: int = _option(
         500, "steps between two checkpoints; every epoch ends with one as well"
     )
     eval_epochs: int = _option(
-        1, "epochs between two looks at the test images; the last epoch always has one"
+        1, "epochs between two looks at the validation images; the last epoch always has one"
     )
     device: str | None = _option(
         None, "cpu, cuda, cuda:1, mps, ...; by default a GPU if there is one"
@@ -203,7 +211,7 @@ _RANGES = (
         "at least 1",
     ),
     ("stem_stride", lambda v: v in STRIDES, f"one of {STRIDES}"),
-    ("batch_size", lambda v: v >= 2, "at least 2: BatchNorm needs more than one image"),
+    ("batch_size micro_batch", lambda v: v >= 2, "at least 2: BatchNorm needs more than one image"),
     ("pyramid", lambda v: v >= 8 and v % 8 == 0, "a multiple of 8, at least 8"),
     ("class_depth", lambda v: v >= 0, "at least 0"),
     ("seed", lambda v: 0 <= v < 2**31, "a number from 0 to 2,147,483,647"),

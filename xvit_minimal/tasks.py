@@ -1,9 +1,11 @@
 """The three tasks that train.py knows: classification, segmentation, detection, each with its
 model, loss and scores.
 
-A task is made of a Config and the training set. The loop asks it for `loss` at each step, and for
-`evaluate` when an epoch is over: a dictionary of numbers, of which `score` names the one to look
-at. `check` is asked before anything is loaded. With several processes each does a part.
+A task is made of a Config and the training set. `check` is asked before anything is loaded. At each
+step the loop asks for a `batch`, a tuple whose fields have an entry for each picture; for the
+`loss` of each part that the batch is cut into; and for the `weight` of that part, so that the
+weighted mean of the parts' losses is the whole batch's loss. `evaluate` is a dictionary of numbers,
+of which `score` names the one to look at. With several processes each does a part.
 """
 
 import torch
@@ -13,10 +15,10 @@ from torchvision.transforms import v2
 
 from . import data, dense_data
 from .augment import Augment, AugmentDense
-from .boxes import BestThreshold, every_box
 from .dense import VOID, SemanticFPN, XViTBackbone, detector, segmentation_loss
 from .distributed import rank, total, world
 from .images import stack
+from .matching import BestThreshold, every_box
 from .model import cost
 from .packages import require
 from .recipe import build
@@ -40,22 +42,33 @@ class Classification:
     @staticmethod
     def check(config):
         """Raises ValueError if a package is missing."""
-        require("training", "safetensors", "tqdm")
+        require("classification", "safetensors", "tqdm")
 
     @staticmethod
     def load(config, split, limit):
         """The part `split` of the Config's set."""
         return data.load(config.data, split, config.size, limit)
 
-    def loss(self, net, images, index, epoch, device):
-        """The mean loss () on the images `index` of an ImageSet, augmented."""
+    def batch(self, images, index, epoch, device):
+        """(x, labels): the images `index` of an ImageSet, augmented; all random draws of a step but
+        the model's own."""
         x = self.augment(images.images[index].to(device))  # uint8 -> floats (B, 3, H, W)
         labels = images.labels[index].to(device)  # (B,)
         if epoch < self.config.mix * self.config.epochs:
             x, labels = self.mix(x, labels)  # labels (B, classes): two classes share an image
-        with torch.autocast(device.type, torch.bfloat16, enabled=self.config.amp):
+        return x, labels
+
+    def loss(self, net, batch):
+        """The mean loss () of the images of a batch."""
+        x, labels = batch
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.config.amp):
             logits = net(x)  # (B, classes)
         return F.cross_entropy(logits.float(), labels, label_smoothing=self.config.label_smoothing)
+
+    @staticmethod
+    def weight(batch):
+        """How many images the loss is a mean of."""
+        return len(batch[0])
 
     @staticmethod
     @torch.no_grad()
@@ -89,8 +102,7 @@ class Segmentation:
     @staticmethod
     def check(config):
         """Raises ValueError if a package is missing."""
-        require("training", "safetensors", "tqdm")
-        require("segmentation", "torchmetrics")
+        require("segmentation", "safetensors", "tqdm", "torchmetrics")
 
     @staticmethod
     def load(config, split, limit):
@@ -102,9 +114,9 @@ class Segmentation:
         """The SemanticFPN that a Config describes."""
         return SemanticFPN(XViTBackbone(build(config, 1, img_size), config.pyramid), num_classes)
 
-    def loss(self, net, images, index, epoch, device):
-        """The mean loss () on the images `index` of an ImageSet, augmented together with their
-        masks."""
+    def batch(self, images, index, epoch, device):
+        """(x, masks): the images `index` of an ImageSet, augmented together with their masks; and
+        their sizes as a third, where they differ."""
         pairs = []
         for i in index.tolist():
             height, width = _size(images, i)
@@ -112,9 +124,20 @@ class Segmentation:
             pairs.append(self.augment.with_mask(picture, mask))
         x, sizes = stack([picture for picture, _ in pairs], 128)  # (B, 3, H, W), (B, 2)
         masks, _ = stack([mask for _, mask in pairs], VOID)  # (B, H, W)
-        with torch.autocast(device.type, torch.bfloat16, enabled=self.config.amp):
-            logits = net(data.normalize(x.to(device)), *_own(sizes, x))  # (B, J, H, W)
-        return segmentation_loss(logits, masks.to(device))
+        x = data.normalize(x.to(device))
+        return x, masks.to(device), *_own(sizes, x)
+
+    def loss(self, net, batch):
+        """The mean loss () of the pixels of a batch that are not void."""
+        x, masks, *sizes = batch
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.config.amp):
+            logits = net(x, *sizes)  # (B, J, H, W)
+        return segmentation_loss(logits, masks)
+
+    @staticmethod
+    def weight(batch):
+        """How many pixels the loss is a mean of."""
+        return (batch[1] != VOID).sum()
 
     @staticmethod
     @torch.no_grad()
@@ -165,8 +188,7 @@ class Detection:
     @staticmethod
     def check(config):
         """Raises ValueError if a package is missing."""
-        require("training", "safetensors", "tqdm")
-        require("detection", "torchmetrics", "pycocotools")
+        require("detection", "safetensors", "tqdm", "torchmetrics", "pycocotools")
 
     @staticmethod
     def load(config, split, limit):
@@ -185,9 +207,9 @@ class Detection:
         image."""
         return cost(_Maps(model), img_size)
 
-    def loss(self, net, images, index, epoch, device):
-        """The sum () of the two losses on the images `index` of an ImageSet, augmented together
-        with their boxes."""
+    def batch(self, images, index, epoch, device):
+        """(pictures, targets): the images `index` of an ImageSet, each of its own size, augmented
+        together with their boxes."""
         pictures, targets = [], []
         for i in index.tolist():
             height, width = _size(images, i)
@@ -196,8 +218,19 @@ class Detection:
             )
             pictures.append(data.normalize(picture.to(device)))  # (3, h, w)
             targets.append({"boxes": boxes.to(device), "labels": labels.to(device)})
-        with torch.autocast(device.type, torch.bfloat16, enabled=self.config.amp):
+        return pictures, targets
+
+    def loss(self, net, batch):
+        """The sum () of the two losses, each a mean over the images of a batch."""
+        pictures, targets = batch
+        device = pictures[0].device.type
+        with torch.autocast(device, torch.bfloat16, enabled=self.config.amp):
             return sum(net(pictures, targets).values())
+
+    @staticmethod
+    def weight(batch):
+        """How many images the loss is a mean of."""
+        return len(batch[0])
 
     @classmethod
     def evaluate(cls, model, images, amp=False):

@@ -31,14 +31,12 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
 from .command_line import command, parse
-from .dense import transfer
 from .distributed import rank, synchronize_batch_norms, total, world
-from .model import XViT
 from .optimization import averaging, learning_rate, parameter_groups
 from .recipe import settle
 from .record import peak_memory, provenance, random_state, read_checkpoint, set_random_state, write
 from .tasks import TASKS, describe
-from .weights import load_model, pack
+from .weights import load_model, start_from, weights_file
 
 
 class Run:
@@ -116,7 +114,8 @@ class Run:
 
     def train_step(self, index):
         """One step of the optimizer on the training images `index`."""
-        loss = self.task.loss(self.net, self.train_set, index, self.epoch, self.device)
+        batch = self.task.batch(self.train_set, index, self.epoch, self.device)
+        loss = self.task.loss(self.net, batch)
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
@@ -236,11 +235,13 @@ class Run:
                 f"epoch {self.epoch}/{config.epochs}  {self.seconds:.0f} s  train loss {train_loss:.3f}{tested}",
                 flush=True,
             )
-            kept = {
-                key: value for key, value in asdict(config).items() if key not in ("out", "device")
-            }  # the same anywhere
-            threshold = row.get("val_threshold")
-            packed = pack(self.ema.module, kept, self.train_set.classes, self.size, threshold)
+            packed = weights_file(
+                self.ema.module,
+                asdict(config),
+                self.train_set.classes,
+                self.size,
+                row.get("val_threshold"),
+            )
             write(self._path("weights.safetensors"), packed)
             last = next(
                 (
@@ -351,19 +352,6 @@ def train(config):
             if asked:
                 raise KeyboardInterrupt
     return json.loads((Path(config.out) / "record.json").read_text())
-
-
-def start_from(model, path):
-    """Give a model the stem, positions and blocks of the one in a weights.safetensors file, of whatever task. Raises
-    ValueError if they do not fit."""
-    trained, _ = load_model(path)
-    body, trained = (
-        next(m for m in each.modules() if isinstance(m, XViT)) for each in (model, trained)
-    )
-    try:
-        transfer(body, trained)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
 
 
 def main():

@@ -1,5 +1,5 @@
-"""Trained weights: what a file of them says, the model in it, and what that model says about a
-picture."""
+"""The weights that a run leaves: written, read again as a model, taken over by another run, and
+what they say about a picture."""
 
 import json
 from pathlib import Path
@@ -7,23 +7,26 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from .images import normalize, read_image, size_of
+from .dense import transfer
+from .images import fit, normalize, read_image
+from .model import XViT
 from .packages import require
 from .recipe import Config
 from .tasks import TASKS
 
 
-def pack(model, config, classes, size, threshold=None):
-    """The bytes of a weights.safetensors file: a model's weights, and what `load_model` needs to
-    make the model again.
+def weights_file(model, config, classes, size, threshold=None):
+    """The bytes of a weights.safetensors file: a model's tensors, and all that makes the model
+    again.
 
-    `config`: the settings as a dictionary; `size`: the training images', a side or (height, width);
-    `threshold`: a detector's score from which on a box is worth showing, chosen on the validation
+    `config`: the options as a dictionary; `size`: the training images', a side or (height, width);
+    `threshold`: a detector's score above which a box is worth showing, chosen on the validation
     part.
     """
     from safetensors.torch import save
 
-    about = {"config": config, "classes": classes, "size": size}
+    options = {key: value for key, value in config.items() if key not in ("out", "device")}
+    about = {"config": options, "classes": classes, "size": size}  # the same on any machine
     if threshold is not None:
         about["threshold"] = threshold
     tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
@@ -31,7 +34,7 @@ def pack(model, config, classes, size, threshold=None):
 
 
 def unpack(path):
-    """(tensors, about): what `pack` put into a file, the weights by name and the rest.
+    """(tensors, about): what `weights_file` put into a file, the weights by name and the rest.
 
     Raises FileNotFoundError if there is no file, ValueError if it is damaged, or not one that a run
     of this package wrote.
@@ -77,26 +80,47 @@ def load_model(path):
     return model.eval(), classes
 
 
+def start_from(model, path):
+    """Give a model the stem, positions and blocks of the one in a weights.safetensors file, of
+    whatever task. Raises ValueError if they do not fit."""
+    trained, _ = load_model(path)
+    try:
+        transfer(_body(model), _body(trained))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
 @torch.no_grad()
 def predict(model, path):
     """What a model from `load_model` says about the picture in a file, whatever its size.
 
-    Classification: the probabilities (J,) of the classes. Segmentation: the class of each pixel,
-    int64 (H, W), of the picture's own size. Detection: {"boxes" (n, 4), "scores" (n,), "labels"
-    (n,)}, x0 y0 x1 y1 in the picture's own pixels. The model sees the picture at the size of its
-    training images. Raises ValueError if the file is not a picture.
+    Classification: the probabilities (J,) of the classes, for the picture's centre square.
+    Segmentation: the class of each pixel, int64 (H, W), of the picture's own size. Detection:
+    {"boxes" (n, 4), "scores" (n,), "labels" (n,)}, x0 y0 x1 y1 in the picture's own pixels.
+    The model sees the picture at the size of its training images. Raises ValueError if the file is
+    not there, or not a picture.
     """
     side = model.size if isinstance(model.size, int) else max(model.size)
-    image = read_image(path, side, square=model.task == "classification")  # (3, h, w)
-    (output,) = model(normalize(image[None]).to(next(model.parameters()).device))
+    picture = read_image(path)  # (3, H, W)
+    image = fit(picture, side, square=model.task == "classification")  # (3, h, w)
+    device = next(model.parameters()).device
+    (output,) = model(normalize(image[None].to(device)))
     if model.task == "classification":
         return output.float().softmax(0)
-    width, height = size_of(path)
+    height, width = picture.shape[1:]
     if model.task == "segmentation":
-        classes = output.argmax(0)[None, None]  # (1, 1, h, w)
-        return F.interpolate(classes.float(), (height, width), mode="nearest-exact")[0, 0].long()
-    scale = torch.tensor([width / image.shape[2], height / image.shape[1]] * 2)  # (4,)
-    return {**output, "boxes": output["boxes"] * scale.to(output["boxes"].device)}
+        classes = output.argmax(0)[None, None].float()  # (1, 1, h, w)
+        return F.interpolate(classes, (height, width), mode="nearest-exact")[0, 0].long()
+    scale = torch.tensor(
+        [width / image.shape[2], height / image.shape[1]] * 2, device=device
+    )  # (4,)
+    return {**output, "boxes": output["boxes"] * scale}
+
+
+def _body(model):
+    for module in model.modules():
+        if isinstance(module, XViT):
+            return module
 
 
 def _foreign(path, error):
