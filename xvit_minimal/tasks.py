@@ -234,13 +234,13 @@ class Detection:
 
     @classmethod
     def evaluate(cls, model, images, amp=False):
-        """{"map", "map50", "map75", "scored_classes", "all_classes", "f1", "threshold",
+        """{"map", "map50", "map75", "scored_classes", "all_classes", "best_f1", "best_threshold",
         "map_CLASS", ...} of a model on an ImageSet.
 
-        mAP is a mean over `scored_classes` of `all_classes`, those of which the set holds a box;
-        every box of a score above 0.05 counts. `threshold` is the score from which on boxes give
-        the best F1 over all classes, at an overlap of 0.5: the one for a model's use, if the set is
-        the validation part. Counted by torchmetrics with pycocotools.
+        mAP is a mean over `scored_classes` of `all_classes`, those of which the set holds a box; every
+        box of a score above 0.05 counts. `best_threshold` is the score above which boxes have the best
+        F1 over all classes at an overlap of 0.5. On the validation part it is the one for a model's
+        use. Counted by torchmetrics with pycocotools.
         """
         scores, threshold, f1 = cls._counts(model, images, amp)
         kinds, each = (scores[key].reshape(-1).tolist() for key in ("classes", "map_per_class"))
@@ -251,8 +251,8 @@ class Detection:
             "map75": scores["map_75"].item(),
             "scored_classes": len(known),
             "all_classes": len(images.classes),
-            "f1": f1,
-            "threshold": threshold,
+            "best_f1": f1,
+            "best_threshold": threshold,
             **{f"map_{name}": known[name] for name in images.classes if name in known},
         }
 

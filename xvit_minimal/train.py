@@ -240,7 +240,7 @@ class Run:
                 asdict(config),
                 self.train_set.classes,
                 self.size,
-                row.get("val_threshold"),
+                row.get("val_best_threshold"),
             )
             write(self._path("weights.safetensors"), packed)
             last = next(

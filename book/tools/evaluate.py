@@ -181,7 +181,11 @@ def best_threshold(path, name, side):
     model, classes = load_model(path)
     same_classes(path, classes, images)
     scores = TASKS["detection"].evaluate(model, images)
-    return {"threshold": scores["threshold"], "val_f1": scores["f1"], "val_copy": images.copy}
+    return {
+        "threshold": scores["best_threshold"],
+        "val_f1": scores["best_f1"],
+        "val_copy": images.copy,
+    }
 
 
 def arguments(argv):
