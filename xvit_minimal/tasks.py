@@ -237,10 +237,10 @@ class Detection:
         """{"map", "map50", "map75", "scored_classes", "all_classes", "best_f1", "best_threshold",
         "map_CLASS", ...} of a model on an ImageSet.
 
-        mAP is a mean over `scored_classes` of `all_classes`, those of which the set holds a box; every
-        box of a score above 0.05 counts. `best_threshold` is the score above which boxes have the best
-        F1 over all classes at an overlap of 0.5. On the validation part it is the one for a model's
-        use. Counted by torchmetrics with pycocotools.
+        mAP is a mean over `scored_classes` of `all_classes`, those of which the set holds a box;
+        every box of a score above 0.05 counts. `best_threshold` is the score above which boxes have
+        the best F1 over all classes at an overlap of 0.5. On the validation part it is the one for
+        a model's use. Counted by torchmetrics with pycocotools.
         """
         scores, threshold, f1 = cls._counts(model, images, amp)
         kinds, each = (scores[key].reshape(-1).tolist() for key in ("classes", "map_per_class"))
