@@ -17,6 +17,7 @@ from torch import nn
 
 from xvit_minimal import data, dense, dense_data, train
 from xvit_minimal.baselines import XCA, EfficientAttention, SoftmaxAttention, XNormL1
+from xvit_minimal.command_line import command, parse
 from xvit_minimal.dense import (
     VOID,
     SemanticFPN,
@@ -26,7 +27,7 @@ from xvit_minimal.dense import (
     transfer,
 )
 from xvit_minimal.model import XViT
-from xvit_minimal.recipe import Config, command, parse, recipe
+from xvit_minimal.recipe import Config, recipe
 from xvit_minimal.tasks import TASKS, Detection, Segmentation
 
 SIZES = [(1, 1), (4, 4000), (33, 65), (32, 64)]

@@ -22,18 +22,10 @@ from torch import nn
 
 from xvit_minimal import data, record, train
 from xvit_minimal.baselines import XCA
+from xvit_minimal.command_line import command, parse
 from xvit_minimal.model import SIZES, XViT
-from xvit_minimal.recipe import (
-    DENSE,
-    RECIPES,
-    Config,
-    build,
-    command,
-    learning_rate,
-    parameter_groups,
-    parse,
-    recipe,
-)
+from xvit_minimal.optimization import learning_rate, parameter_groups
+from xvit_minimal.recipe import RECIPES, TASK_DEFAULTS, Config, build, recipe
 from xvit_minimal.tasks import Classification
 
 TINY = dict(
@@ -106,7 +98,7 @@ def test_a_mistake_in_the_configuration_is_named(changes, message):
 
 def test_recipes_change_only_what_a_config_has():
     assert all(
-        set(changes) <= set(vars(Config())) for changes in (*RECIPES.values(), *DENSE.values())
+        set(changes) <= set(vars(Config())) for changes in (*RECIPES.values(), *TASK_DEFAULTS.values())
     )
     assert (
         recipe("a/b").out == "runs/b"
@@ -395,7 +387,7 @@ def test_the_weights_are_the_averaged_ones(whole):
 )
 def test_a_file_that_holds_no_model_is_refused(tmp_path, content):
     (tmp_path / "w.safetensors").write_bytes(content)
-    with pytest.raises(ValueError, match="w.safetensors is no weights.safetensors"):
+    with pytest.raises(ValueError, match="w.safetensors is not a weights.safetensors"):
         train.load_model(tmp_path / "w.safetensors")
     with pytest.raises(FileNotFoundError):
         train.load_model(tmp_path / "gone.safetensors")

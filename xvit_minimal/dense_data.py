@@ -87,7 +87,7 @@ def load(name, task, split="train", size=None, limit=None, root="data"):
     A box without width or height is left out, and `copy` says how many were. Boxes that VOC calls difficult are boxes.
     Raises ValueError, naming the file or folder, for what is missing, damaged or contradicts itself.
     """
-    if task not in ("segmentation", "detection") or split not in ("train", "test"):
+    if task not in ("segmentation", "detection") or split not in ("train", "val", "test"):
         raise ValueError(
             f"got task={task!r} and split={split!r}, expected 'segmentation' or 'detection', 'train' or 'test'"
         )
@@ -203,6 +203,8 @@ def _detection(name, folder, split, size, limit):
     lists = folder / "ImageSets/Main"
     other = "test.txt" if (lists / "test.txt").exists() and name != "voc" else "val.txt"
     train_names = _lines(lists / "train.txt")
+    if split == "val":
+        other = "val.txt"
     listed = _some(train_names if split == "train" else _lines(lists / other), limit, folder)
     with ThreadPoolExecutor(os.cpu_count()) as threads:
         objects = dict(

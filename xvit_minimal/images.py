@@ -26,6 +26,7 @@ class ImageSet:
     masks: torch.Tensor | None = None
     boxes: list | None = None
     box_labels: list | None = None
+    sizes: torch.Tensor | None = None
 
     def __len__(self):
         return len(self.images)
@@ -40,7 +41,7 @@ class ImageSet:
         return replace(self, **{key: move(value) for key, value in vars(self).items()})
 
 
-def read_image(path, size, square=True):
+def read_image(path, size=None, square=True):
     """The picture in a file as uint8 (3, size, size), turned as its EXIF data say; otherwise as `fit` makes it.
 
     Raises ValueError, naming the file, if it cannot be read."""
@@ -55,7 +56,8 @@ def read_image(path, size, square=True):
         raise ValueError(
             f"{path}: cannot be read as an image ({error}): replace the file or take it away"
         ) from error
-    return fit(torch.from_numpy(pixels).permute(2, 0, 1), size, square)
+    image = torch.from_numpy(pixels).permute(2, 0, 1)
+    return fit(image, size or max(image.shape[1:]), square and size is not None)
 
 
 def fit(image, size, square=True):
@@ -95,3 +97,13 @@ def check_memory(needed, what):
             f"{what} need {needed / 1e9:,.1f} GB, and this machine has {there / 1e9:,.1f} GB of memory: "
             "lower size or limit"
         )
+
+
+def stack(parts, fill):
+    """Tensors (..., H, W) of different sizes as one, padded at the right and below, and their sizes int64 (n, 2)."""
+    sizes = torch.tensor([part.shape[-2:] for part in parts])  # (n, 2)
+    height, width = sizes.amax(0).tolist()
+    whole = parts[0].new_full((len(parts), *parts[0].shape[:-2], height, width), fill)
+    for to, part in zip(whole, parts):
+        to[..., : part.shape[-2], : part.shape[-1]] = part
+    return whole, sizes

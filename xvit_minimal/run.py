@@ -1,7 +1,6 @@
 """A training run: what changes while a model trains, the step that changes it, and the files it leaves."""
 
 import contextlib
-import hashlib
 import io
 import json
 import math
@@ -13,17 +12,15 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 
 from .distributed import rank, synchronize_batch_norms, total, world
 from .memory import free_memory, memory_per_picture, micro_batch
-from .recipe import Config, learning_rate, parameter_groups
-from .record import peak_memory, read_checkpoint, write
+from .optimization import averaging, learning_rate, parameter_groups
+from .record import peak_memory, write
+from .resume import fingerprints
 from .tasks import TASKS
 from .weights import start_from, weights_file
-
-
-MACHINE = ("device", "compile", "micro_batch")  # options that say how a run computes, and not what
 
 
 class Run:
@@ -67,7 +64,7 @@ class Run:
         self.about = self.about | {"parameters": parameters, "multiply_adds": multiply_adds}
         if dist.is_initialized():
             synchronize_batch_norms(self.model)
-        average = get_ema_multi_avg_fn(config.ema)
+        average = averaging(config.ema)
         self.ema = AveragedModel(self.model, multi_avg_fn=average, use_buffers=True)
         self.optimizer = torch.optim.AdamW(parameter_groups(self.model, config.weight_decay))
         self.step, self.seconds, self.peak, self.history = 0, 0.0, 0, []
@@ -295,14 +292,16 @@ class Run:
     def write_results(self):
         """Write weights.safetensors and record.json, where they are not there already just so; returns the
         names of those that were not."""
-        model = self.ema.module
-        record = json.dumps(self.record(), indent=1, allow_nan=False)
-        contents = {
-            "weights.safetensors": weights_file(
-                model, self.options, self.train_set.classes, self.size
-            ),
-            "record.json": record.encode() + b"\n",
-        }
+        chosen = [row["val_best_threshold"] for row in self.history if "val_best_threshold" in row]
+        packed = weights_file(
+            self.ema.module,
+            self.options,
+            self.train_set.classes,
+            self.size,
+            chosen[-1] if chosen else None,
+        )
+        record = json.dumps(self.record(), indent=1, allow_nan=False).encode() + b"\n"
+        contents = {"weights.safetensors": packed, "record.json": record}
         written = []
         for name, content in contents.items():
             path = Path(self.config.out) / name
@@ -327,91 +326,3 @@ def cut(batch, count):
         tuple(None if field is None else field[start:end] for field in batch)
         for start, end in ends
     ]
-
-
-def fingerprints(config, sets):
-    """What tells these sets, and the file that --init names, from others; numbers and text."""
-    found = {}
-    for name, images in sets.items():
-        found[name] = {
-            "pictures": len(images),
-            "classes": list(images.classes),
-            "digest": images.fingerprint,
-        }
-    if config.init and Path(config.init).is_file():
-        found["init"] = {"digest": hashlib.sha256(Path(config.init).read_bytes()).hexdigest()}
-    return found
-
-
-def last_checkpoint(folder):
-    """(state, path) of the last checkpoint in a folder that can be read, (None, None) without any. One that
-    cannot be read is put aside if the one before it can. Raises ValueError if none of them can."""
-    folder, refused = Path(folder), None
-    for path in (folder / "checkpoint.pt", folder / "checkpoint.previous.pt"):
-        if not path.exists():
-            continue
-        try:
-            state = read_checkpoint(path, Run.KEYS)
-        except ValueError as error:
-            refused = refused or error
-            continue
-        if dist.is_initialized():
-            dist.barrier()  # the others have read, too
-        if rank() == 0 and refused:
-            (folder / "checkpoint.pt").replace(folder / "checkpoint.refused.pt")
-            print(f"{refused}; put aside as checkpoint.refused.pt")
-        return state, path
-    if refused:
-        raise ValueError(f"{refused}: move it away to start anew, or choose another --out")
-    return None, None
-
-
-def agreed(state, wanted, data):
-    """The Config with which the run in a checkpoint's state goes on: what was chosen for it at its start stays.
-
-    Raises ValueError for another configuration than the run's (but more epochs, another device and another
-    size of micro-batches are allowed), other data, or another number of processes.
-    """
-    given, then = asdict(wanted), state["wanted"]
-    if set(given) != set(then):
-        raise ValueError(
-            f"{wanted.out} holds a run of another version of this package: go on with that version, or "
-            "choose another --out"
-        )
-    changed = []
-    for key, value in given.items():
-        if key not in ("out", *MACHINE, "epochs") and then[key] != value:
-            changed.append(f"--{key} is {then[key]!r} there and {value!r} here")
-    free = {key: given[key] for key in ("out", *MACHINE)}
-    epochs = state["options"]["epochs"]
-    if wanted.epochs is not None:
-        free["epochs"] = wanted.epochs
-        if wanted.epochs < epochs:
-            changed.append(f"--epochs is {epochs} there and {wanted.epochs} here, which is less")
-    changed += other_data(state["data"], data)
-    if state["processes"] != world():
-        changed.append(f"{state['processes']} processes there and {world()} here")
-    if changed:
-        raise ValueError(
-            f"{wanted.out} holds another run ({'; '.join(changed)}): give that run's own command to go "
-            "on with it, or choose another --out"
-        )
-    return replace(Config(**state["options"]), **free)
-
-
-def other_data(there, here):
-    """What differs between the `fingerprints` of two runs, in words."""
-    found = []
-    for name in there:
-        if name not in here:  # a file for --init is not needed any more
-            continue
-        a, b = there[name], here[name]
-        if a["digest"] == b["digest"]:
-            continue
-        words = [
-            f"{key} {a[key]} there and {b[key]} here"
-            for key in ("pictures", "classes")
-            if a.get(key) != b.get(key)
-        ]
-        found.append(f"other data: {name}: {', '.join(words) or 'other content'}")
-    return found

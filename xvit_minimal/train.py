@@ -23,13 +23,13 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
-
+from .command_line import command, parse
 from .distributed import rank, world
-from .recipe import command, parse, settle
+from .recipe import settle
 from .record import lock, peak_memory, provenance
-from .run import Run, agreed, fingerprints, last_checkpoint
-from .tasks import TASKS
+from .resume import agreed, fingerprints, last_checkpoint
+from .run import Run
+from .tasks import TASKS, describe
 from .weights import load_model
 
 __all__ = ["Run", "load_model", "main", "train"]
@@ -49,8 +49,10 @@ def train(config):
     device = _start(config)
     TASKS[config.task].check(config)
     with _signals(signal.default_int_handler), _alone(config.out):
+        state, path = last_checkpoint(config.out, Run.KEYS)
+        if state is None and config.init:
+            load_model(config.init)  # refused now, and not after the data are loaded
         sets = load_sets(config)
-        state, path = last_checkpoint(config.out)
         if state is None:
             chosen, lines = settle(config, sets["train"])
             chosen = replace(chosen, amp=_amp(device) if chosen.amp is None else chosen.amp)
@@ -85,18 +87,18 @@ def go_on(run):
 
 def train_epoch(run, watch):
     """The steps that are left in an epoch, with checkpoints on the way."""
-    steps = tqdm(
-        run.batches(),
-        f"epoch {run.epoch + 1}",
-        leave=False,
-        disable=True if rank() else None,
-    )
+    from tqdm import tqdm  # asked for in the task's check
+
+    quiet = True if rank() else None  # None: where no terminal shows it
+    steps = tqdm(run.batches(), f"epoch {run.epoch + 1}", leave=False, disable=quiet)
     run.net.train()
     asked = []
     with _signals(lambda number, frame: asked.append(number), once=True):
         for index in steps:
             with watch:
                 run.train_step(index, asked)
+            if (words := watch.forecast()) and not rank():
+                steps.write(words)
             if asked:
                 break
             if run.step % 50 == 0:
@@ -110,24 +112,29 @@ def train_epoch(run, watch):
 
 
 class Watch:
-    """Adds up the seconds of a run's steps, and prints once, after the fourth, what the run will take."""
+    """Adds up the seconds of a run's steps; `first` holds those of its first four here."""
 
     def __init__(self, run):
-        self.run, self.seconds = run, []
+        self.run, self.first, self.told = run, [], False
 
     def __enter__(self):
         self.begun = time.perf_counter()
 
     def __exit__(self, *error):
-        early = len(self.seconds) < 4
+        early = len(self.first) < 4
         if early and self.run.device.type == "cuda":
             torch.cuda.synchronize()  # a GPU works on after its orders are given
         taken = time.perf_counter() - self.begun
         self.run.seconds += taken
         if early:
-            self.seconds.append(taken)
-            if len(self.seconds) == 4 and rank() == 0:
-                tqdm.write(estimate(self.run, min(self.seconds)))
+            self.first.append(taken)
+
+    def forecast(self):
+        """What the run will take, in words; once, after the fourth step, otherwise None."""
+        if self.told or len(self.first) < 4:
+            return None
+        self.told = True
+        return estimate(self.run, min(self.first))
 
 
 def estimate(run, seconds):
@@ -222,10 +229,10 @@ def _how_to_go_on(config):
 def _say(record, config):
     if rank():
         return
-    score, pictures = TASKS[config.task].score, record["data"]["splits"]["test"]
-    value = record["results"][0][f"test_{score}"]
-    shown = "not a number" if value is None else f"{value:.1%}"
-    print(f"{score} {shown} on {pictures:,} test images, in {config.out}/record.json")
+    scores = {key.removeprefix("test_"): v for key, v in record["results"][0].items()}
+    pictures, name = record["data"]["splits"]["test"], TASKS[config.task].score
+    words = f"{name} not a number" if scores[name] is None else describe(config.task, scores)
+    print(f"{words}, on {pictures:,} test images, in {config.out}/record.json")
     if config.data == "shapes" and config.task == "classification":
         print(
             "next: --attention none --class-depth 0 --no-lpi --out runs/none, to see what is left when "
