@@ -12,7 +12,8 @@ from PIL import Image
 from xvit_minimal import data
 from xvit_minimal.augment import DENSE_AUGMENTATIONS, AugmentDense
 from xvit_minimal.dense import VOID
-from xvit_minimal.dense_data import CAMVID, VOC, load
+from xvit_minimal.dense_data import load
+from xvit_minimal.masks import CAMVID, VOC
 
 OBJECT = "<object><name>{}</name><bndbox><xmin>{}</xmin><ymin>{}</ymin><xmax>{}</xmax><ymax>{}</ymax></bndbox></object>"
 

@@ -3,7 +3,6 @@
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from .images import normalize
@@ -80,49 +79,60 @@ def resized_crop(x, size):
 
 
 class AugmentDense:
-    """A picture together with its mask or its boxes, changed at random: see __call__. `size`: (height, width).
+    """A picture of its own size, with its mask or its boxes, changed at random. `size`: (height, width).
 
-    `how` is one of DENSE_AUGMENTATIONS: "flip" mirrors with probability 1/2; "crop" then cuts out a part (25% to 100% of the area,
-    sides 0.8 to 1.25 of the picture's), enlarges it to `size` and changes brightness, contrast and saturation. Boxes are cut
-    with their picture, and left out if less than 4 pixels are left of a side. Each picture has draws of its own, from
-    torch's global CPU generator. The changes are torchvision's. Raises ValueError for another `how`.
+    `how` is one of DENSE_AUGMENTATIONS: "flip" mirrors with probability 1/2; "crop" then cuts out a
+    part (25% to 100% of the area, its sides in the ratio of `size`, from 0.8 to 1.25 of it), makes it
+    `size` and changes brightness, contrast and saturation. Boxes are cut with their picture; one of
+    which a cut leaves less than 4 pixels, in width or height, is left out, and one that nothing cuts
+    stays, however small. Each picture has draws of its own, from torch's global CPU generator. The
+    changes are torchvision's. Raises ValueError for another `how`.
     """
 
     def __init__(self, how, size):
         if how not in DENSE_AUGMENTATIONS:
             raise ValueError(
-                f"got augmentation {how!r}, expected one of {', '.join(DENSE_AUGMENTATIONS)} for dense prediction"
+                f"got augmentation {how!r}, expected one of {', '.join(DENSE_AUGMENTATIONS)} for dense "
+                "prediction"
             )
+        self.how, self.size = how, size
         ratio = size[1] / size[0]
-        crop = [
-            v2.RandomResizedCrop(
-                size, scale=(0.25, 1.0), ratio=(0.8 * ratio, 1.25 * ratio), antialias=True
-            ),
-            v2.ColorJitter(brightness=0.3, contrast=0.3, saturation=0.3),
-        ]
-        steps = (
-            [] if how == "none" else [v2.RandomHorizontalFlip()] + (crop if how == "crop" else [])
-        )
-        self.change, self.size = v2.Compose(steps) if steps else lambda sample: sample, size
-        self.clean = v2.SanitizeBoundingBoxes(
-            min_size=4, labels_getter=lambda sample: sample["labels"]
-        )
-        if how != "crop":
-            self.clean = lambda sample: sample  # nothing has cut a box
+        self.ratio = [0.8 * ratio, 1.25 * ratio]
+        self.colours = v2.ColorJitter(brightness=0.3, contrast=0.3, saturation=0.3)
 
     def with_mask(self, image, mask):
-        """uint8 (3, H, W) and (H, W) -> uint8 of the same shapes."""
-        sample = self.change({"image": tv_tensors.Image(image), "mask": tv_tensors.Mask(mask)})
-        return sample["image"].as_subclass(torch.Tensor), sample["mask"].as_subclass(torch.Tensor)
+        """uint8 (3, h, w) and (h, w) -> the same, of `size` after a crop."""
+        if self._mirrors():
+            image, mask = image.flip(-1), mask.flip(-1)
+        if self.how != "crop":
+            return image, mask
+        top, left, height, width = self._part(image)
+        mask = mask[None, None, top : top + height, left : left + width]
+        mask = F.interpolate(mask, self.size, mode="nearest-exact")[0, 0]
+        return self._cropped(image, top, left, height, width), mask
 
     def with_boxes(self, image, boxes, labels):
-        """uint8 (3, H, W), float (k, 4), int64 (k,) -> the same with at most k boxes."""
-        boxes = tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=self.size)
-        sample = self.clean(
-            self.change({"image": tv_tensors.Image(image), "boxes": boxes, "labels": labels})
-        )
-        return (
-            sample["image"].as_subclass(torch.Tensor),
-            sample["boxes"].as_subclass(torch.Tensor),
-            sample["labels"],
-        )
+        """uint8 (3, h, w), float (k, 4), int64 (k,) -> the same with at most k boxes."""
+        if self._mirrors():
+            image, w = image.flip(-1), image.shape[-1]
+            boxes = torch.stack([w - boxes[:, 2], boxes[:, 1], w - boxes[:, 0], boxes[:, 3]], dim=1)
+        if self.how != "crop":
+            return image, boxes, labels
+        top, left, height, width = self._part(image)
+        scale = torch.tensor([self.size[1] / width, self.size[0] / height] * 2)
+        whole = (boxes - torch.tensor([left, top] * 2)) * scale  # in pixels of the result
+        edge = torch.tensor([self.size[1], self.size[0]] * 2, dtype=boxes.dtype)
+        boxes = torch.minimum(whole.clamp(min=0), edge)
+        sides, before = boxes[:, 2:] - boxes[:, :2], whole[:, 2:] - whole[:, :2]  # each (k, 2)
+        keep = ((sides >= 4) | (sides == before) & (sides > 0)).all(1)
+        return self._cropped(image, top, left, height, width), boxes[keep], labels[keep]
+
+    def _mirrors(self):
+        return self.how != "none" and torch.rand(1) < 0.5
+
+    def _part(self, image):
+        """Top, left, height and width of a random part of the image."""
+        return v2.RandomResizedCrop.get_params(image, [0.25, 1.0], self.ratio)
+
+    def _cropped(self, image, *part):
+        return self.colours(v2.functional.resized_crop(image, *part, self.size, antialias=True))

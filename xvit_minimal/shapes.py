@@ -1,9 +1,11 @@
 """The generated set: coloured shapes with class, mask and boxes, the same on every machine."""
 
+import hashlib
+
 import numpy as np
 import torch
 
-from .images import ImageSet, check_memory
+from .images import ImageSet, check_memory, fingerprint
 
 KINDS = ("circle", "cross", "equals", "pause")  # of `shapes`: ● × = ‖
 ORANGE_BLUE = np.array([(235, 110, 40), (50, 100, 240)])
@@ -35,7 +37,19 @@ def shapes(n, size=32, seed=0):
     )  # each (n, 2): no cue
     boxes = torch.stack([x - r, y - r, x + r + 1, y + r + 1], dim=-1).float()  # (n, 2, 4)
     labels, copy = torch.arange(n) % len(KINDS), f"generated, seed {seed}"
-    return ImageSet(images, labels, KINDS, "shapes", copy, masks, list(boxes), list(kind))
+    told = fingerprint(images, KINDS, [copy], hashlib.sha256(images.numpy()).hexdigest())
+    return ImageSet(
+        images, labels, KINDS, "shapes", copy, masks, list(boxes), list(kind), fingerprint=told
+    )
+
+
+def generated(split, size, limit, many):
+    """The set's part "train" of `many` images, or "val" or "test", a fifth of that; or `limit` of them.
+
+    Each has a seed of its own. Nothing is held out of "train", so "train+val" is the same.
+    """
+    seed = {"train": 0, "train+val": 0, "test": 1, "val": 2}[split]
+    return shapes(limit or (many if seed == 0 else many // 5), size, seed)
 
 
 def _scene(n, size, seed):
