@@ -1,4 +1,5 @@
-"""How much memory a step takes and how much there is: from these follows the size of a micro-batch."""
+"""How much memory a step takes and how much there is: from these follows the size of a
+micro-batch."""
 
 import contextlib
 import copy
@@ -9,8 +10,9 @@ import torch
 
 
 def free_memory(device):
-    """Bytes that can still be taken on a device: of a GPU's memory, or of the machine's, as far as control groups
-    (containers, batch systems) leave it to this process. None where nothing tells."""
+    """Bytes that can still be taken on a device: of a GPU's memory, or of the machine's, as far as
+    control groups (containers, batch systems) leave it to this process. None where nothing
+    tells."""
     device = torch.device(device)
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
@@ -23,9 +25,11 @@ def free_memory(device):
 
 
 def memory_per_picture(task, model, batch):
-    """Bytes that a loss keeps for its backward pass, for each picture of a small batch (see `task.batch`).
+    """Bytes that a loss keeps for its backward pass, for each picture of a small batch (see
+    `task.batch`).
 
-    A copy of the model computes the loss, so that nothing changes, BatchNorm's statistics included."""
+    A copy of the model computes the loss, so that nothing changes, BatchNorm's statistics included.
+    """
     model = copy.deepcopy(model).train()
     own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
     kept = {}
@@ -43,9 +47,10 @@ def memory_per_picture(task, model, batch):
 
 
 def micro_batch(pictures, per_picture, free):
-    """How many of a step's pictures a process takes at once: as many as fit into half of the free memory, and 2
-    at least. A picture's part of the peak is taken for 1.5 times what it keeps: it was 1.3 to 1.45 times in
-    all three tasks, with softmax, X-ViT and XCA. Without a figure for the free memory, all."""
+    """How many of a step's pictures a process takes at once: as many as fit into half of the free
+    memory, and 2 at least. A picture's part of the peak is taken for 1.5 times what it keeps: it
+    was 1.3 to 1.45 times in all three tasks, with softmax, X-ViT and XCA. Without a figure for the
+    free memory, all."""
     if free is None:
         return pictures
     room = int(free / 2 / (1.5 * max(per_picture, 1)))
@@ -76,7 +81,9 @@ def _control_group_rooms():
                 continue
             folder = root / group.lstrip("/")
             for place in (folder, *folder.parents):
-                with contextlib.suppress(OSError, ValueError):  # the root has no files, "max" no end
+                with contextlib.suppress(
+                    OSError, ValueError
+                ):  # the root has no files, "max" no end
                     left = int((place / limit).read_text()) - int((place / used).read_text())
                     rooms.append(max(0, left + _reclaimable(place)))
                 if place == root:

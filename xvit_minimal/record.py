@@ -1,4 +1,5 @@
-"""What a run leaves behind: files written whole, checkpoints that are read without running code, and where a number came from."""
+"""What a run leaves behind: files written whole, checkpoints that are read without running code,
+and where a number came from."""
 
 import contextlib
 import os
@@ -16,7 +17,8 @@ import torchvision
 def write(path, content, keep=None):
     """Write bytes to a file, whole or not at all; what stood there before becomes the file `keep`.
 
-    Raises OSError if the disk is full or the folder cannot be written; the old file is then as it was.
+    Raises OSError if the disk is full or the folder cannot be written; the old file is then as it
+    was.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -36,11 +38,13 @@ def write(path, content, keep=None):
 
 
 def read_checkpoint(path, keys):
-    """The dictionary in a file of torch.save. Raises ValueError if the file is damaged, has other keys than
-    `keys`, or holds anything but tensors, numbers, text and containers of them: a pickle that would run code
-    is never run."""
+    """The dictionary in a file of torch.save. Raises ValueError if the file is damaged, has other
+    keys than `keys`, or holds anything but tensors, numbers, text and containers of them: a pickle
+    that would run code is never run."""
     try:
-        with zipfile.ZipFile(path) as file:  # what torch.save writes, with a checksum for each tensor
+        with zipfile.ZipFile(
+            path
+        ) as file:  # what torch.save writes, with a checksum for each tensor
             changed = file.testzip()  # torch.load does not look at the checksums
         if changed:
             raise ValueError(f"a byte of {changed} has changed")
@@ -53,7 +57,8 @@ def read_checkpoint(path, keys):
         raise ValueError(f"refused {path}: no checkpoint of this program")
     if set(state) != set(keys):
         raise ValueError(
-            f"refused {path}: written by another version of this package, which alone can go on with it"
+            f"refused {path}: written by another version of this package, which alone can go on "
+            "with it"
         )
     return state
 
@@ -62,9 +67,9 @@ def read_checkpoint(path, keys):
 def lock(folder):
     """Makes a folder, and keeps every other process that asks for its lock out until the end.
 
-    The system gives the lock back when the process ends, however it does; so none is ever stale. Raises
-    ValueError if another process has it, OSError if the folder cannot be written. (Windows has no such locks:
-    start a command only once there.)
+    The system gives the lock back when the process ends, however it does; so none is ever stale.
+    Raises ValueError if another process has it, OSError if the folder cannot be written. (Windows
+    has no such locks: start a command only once there.)
     """
     path = Path(folder) / "run.lock"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -94,7 +99,8 @@ def _locked(path):
         except BlockingIOError:
             file.close()
             raise ValueError(
-                f"another run is using {path.parent}: wait until it has ended, or choose another --out"
+                f"another run is using {path.parent}: wait until it has ended, or choose another "
+                "--out"
             ) from None
         except OSError as error:
             print(f"{path}: no lock here ({error.strerror}): start this command only once")
@@ -103,8 +109,8 @@ def _locked(path):
 
 
 def provenance(device):
-    """{"commit", "versions", "hardware"}: which code ran, on what. The commit is None outside a git checkout, and ends in
-    -dirty if the package has changes that are not committed."""
+    """{"commit", "versions", "hardware"}: which code ran, on what. The commit is None outside a git
+    checkout, and ends in -dirty if the package has changes that are not committed."""
     versions = {
         "python": platform.python_version(),
         "torch": str(torch.__version__),  # TorchVersion is not text to a checkpoint
@@ -128,7 +134,8 @@ def provenance(device):
 
 
 def peak_memory(device):
-    """Bytes at the peak: of the GPU's memory that PyTorch held, or of the whole process on a CPU (None on Windows)."""
+    """Bytes at the peak: of the GPU's memory that PyTorch held, or of the whole process on a CPU
+    (None on Windows)."""
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated()
     if sys.platform == "win32":

@@ -1,4 +1,5 @@
-"""What a run goes on from: the last good checkpoint, if it is of the same command and the same data."""
+"""What a run goes on from: the last good checkpoint, if it is of the same command and the same
+data."""
 
 import hashlib
 from dataclasses import asdict, replace
@@ -28,8 +29,9 @@ def fingerprints(config, sets):
 
 
 def last_checkpoint(folder, keys):
-    """(state, path) of the last checkpoint in a folder that can be read, (None, None) without any. One that
-    cannot be read is put aside if the one before it can. Raises ValueError if none of them can."""
+    """(state, path) of the last checkpoint in a folder that can be read, (None, None) without any.
+    One that cannot be read is put aside if the one before it can. Raises ValueError if none of them
+    can."""
     folder, refused = Path(folder), None
     for path in (folder / "checkpoint.pt", folder / "checkpoint.previous.pt"):
         if not path.exists():
@@ -51,16 +53,17 @@ def last_checkpoint(folder, keys):
 
 
 def agreed(state, wanted, data):
-    """The Config with which the run in a checkpoint's state goes on: what was chosen for it at its start stays.
+    """The Config with which the run in a checkpoint's state goes on: what was chosen for it at its
+    start stays.
 
-    Raises ValueError for another configuration than the run's (but more epochs, another device and another
-    size of micro-batches are allowed), other data, or another number of processes.
+    Raises ValueError for another configuration than the run's (but more epochs, another device and
+    another size of micro-batches are allowed), other data, or another number of processes.
     """
     given, then = asdict(wanted), state["wanted"]
     if set(given) != set(then):
         raise ValueError(
-            f"{wanted.out} holds a run of another version of this package: go on with that version, or "
-            "choose another --out"
+            f"{wanted.out} holds a run of another version of this package: go on with that version, "
+            "or choose another --out"
         )
     changed = []
     for key, value in given.items():
@@ -77,8 +80,8 @@ def agreed(state, wanted, data):
         changed.append(f"{state['processes']} processes there and {world()} here")
     if changed:
         raise ValueError(
-            f"{wanted.out} holds another run ({'; '.join(changed)}): give that run's own command to go "
-            "on with it, or choose another --out"
+            f"{wanted.out} holds another run ({'; '.join(changed)}): give that run's own command to "
+            "go on with it, or choose another --out"
         )
     return replace(Config(**state["options"]), **free)
 

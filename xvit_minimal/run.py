@@ -1,4 +1,5 @@
-"""A training run: what changes while a model trains, the step that changes it, and the files it leaves."""
+"""A training run: what changes while a model trains, the step that changes it, and the files it
+leaves."""
 
 import contextlib
 import io
@@ -24,11 +25,12 @@ from .weights import start_from, weights_file
 
 
 class Run:
-    """A training run in the folder `config.out`: its ImageSets and everything that changes while a model trains.
+    """A training run in the folder `config.out`: its ImageSets and everything that changes while a
+    model trains.
 
-    `sets`: {"train": ..., "val": ..., "test": ...}; without "val" no epoch is scored. `wanted`: the Config
-    as it was given, before anything was chosen for it. `about`: what the record says of the run from its
-    start. `state`: that of a checkpoint, to go on from it.
+    `sets`: {"train": ..., "val": ..., "test": ...}; without "val" no epoch is scored. `wanted`: the
+    Config as it was given, before anything was chosen for it. `about`: what the record says of the
+    run from its start. `state`: that of a checkpoint, to go on from it.
     """
 
     # A checkpoint holds what these names name, and nothing else.
@@ -87,9 +89,9 @@ class Run:
         return self.step // self.steps
 
     def order(self, epoch):
-        """The index tensors of an epoch's steps, each that of all processes together. The last one is smaller
-        than the others if it has to be; one that would leave a process less than two pictures, which
-        BatchNorm needs, joins the one before."""
+        """The index tensors of an epoch's steps, each that of all processes together. The last one
+        is smaller than the others if it has to be; one that would leave a process less than two
+        pictures, which BatchNorm needs, joins the one before."""
         # drawn from the seed and the epoch, so that no order has to be saved
         shuffle = torch.Generator().manual_seed(self.config.seed * 1_000_003 + epoch)
         order = torch.randperm(len(self.train_set), generator=shuffle)
@@ -103,11 +105,12 @@ class Run:
         return self.order(self.epoch)[self.step % self.steps :]
 
     def train_step(self, index, asked=()):
-        """One step of the optimizer on the training pictures `index`, of which this process takes its part.
+        """One step of the optimizer on the training pictures `index`, of which this process takes
+        its part.
 
-        Returns False, and leaves everything as it was, if `asked` has something in it before the last
-        micro-batch begins. The gradient is that of the whole step; BatchNorm's statistics are a
-        micro-batch's, and stochastic depth draws for each micro-batch.
+        Returns False, and leaves everything as it was, if `asked` has something in it before the
+        last micro-batch begins. The gradient is that of the whole step; BatchNorm's statistics are
+        a micro-batch's, and stochastic depth draws for each micro-batch.
         """
         torch.manual_seed(step_seed(self.config.seed, self.step, rank()))
         mine = index[rank() :: world()]
@@ -135,10 +138,12 @@ class Run:
         self.ema.update_parameters(self.model)
         self.sums += step_loss * len(index) / world()  # a process's part of the step's sum
         self.step += 1
+        self._look_at_memory()
         return True
 
     def choose_micro_batch(self):
-        """How many pictures a process computes at once, if neither the Config nor a checkpoint says it."""
+        """How many pictures a process computes at once, if neither the Config nor a checkpoint says
+        it."""
         if self.micro_batch is not None:
             return
         steps = self.order(0)
@@ -152,9 +157,12 @@ class Run:
         self.micro_batch = found.item()
         if self.micro_batch < most and rank() == 0:
             print(
-                f"a step keeps about {most * kept / 1e9:,.1f} GB for its backward pass, which is too "
-                f"much here: its {most} pictures are computed {self.micro_batch} at a time"
+                f"a step keeps about {most * kept / 1e9:,.1f} GB for its backward pass, too much "
+                f"here: its {most} pictures are computed {self.micro_batch} at a time"
             )
+
+    def _look_at_memory(self):
+        self.peak = max(self.peak, peak_memory(self.device) or 0)
 
     def _undo(self, buffers):
         """Put BatchNorm's statistics back to where they were before a step that is not to be."""
@@ -164,8 +172,8 @@ class Run:
                 buffer.copy_(before)
 
     def state_dict(self):
-        """All that a checkpoint holds, as tensors, numbers and text, which can be read without running code.
-        No generator's state is among it: every step seeds its own draws."""
+        """All that a checkpoint holds, as tensors, numbers and text, which can be read without
+        running code. No generator's state is among it: every step seeds its own draws."""
         self._sum_up()
         parts = {name: getattr(self, name).state_dict() for name in self.PARTS}
         return parts | {name: getattr(self, name) for name in self.PROGRESS + self.IDENTITY}
@@ -184,8 +192,8 @@ class Run:
             self.about = state["about"]  # the record stays that of the process that ended the run
 
     def _lengthen(self, before):
-        """More epochs than there were to be: from here on the rate and the mixing are those of the longer
-        run at this step."""
+        """More epochs than there were to be: from here on the rate and the mixing are those of the
+        longer run at this step."""
         if self.results:
             self.segments[-1]["results"] = self.results
         self.segments.append({"step": self.step, "epochs": self.config.epochs})
@@ -216,10 +224,9 @@ class Run:
             )
 
     def save(self):
-        """Write checkpoint.pt, whole or not at all, and keep the one before it; nothing if a number is not
-        finite."""
+        """Write checkpoint.pt, whole or not at all, and keep the one before it; nothing if a number
+        is not finite."""
         self.check()
-        self.peak = max(self.peak, peak_memory(self.device) or 0)
         state = self.state_dict()
         if rank() == 0:
             torch.save(state, buffer := io.BytesIO())
@@ -228,8 +235,9 @@ class Run:
             write(folder / "checkpoint.pt", buffer.getbuffer(), keep=previous)
 
     def finish_epoch(self):
-        """Score the averaged weights, then write weights.safetensors, record.json and a checkpoint, in this
-        order: a kill before the last repeats the work since the one before, and writes the same."""
+        """Score the averaged weights, then write weights.safetensors, record.json and a checkpoint,
+        in this order: a kill before the last repeats the work since the one before, and writes the
+        same."""
         self.save()  # nothing that goes wrong in scoring loses the epoch
         config, epoch = self.config, len(self.history) + 1
         row = {
@@ -244,19 +252,21 @@ class Run:
             self.results = {"epoch": epoch, **self.scores("test")}
         self.history.append(row)
         self.loss = 0.0
+        self._look_at_memory()
         self.write_results()
         self.save()
         if rank() == 0:
             print(self._line(row), flush=True)
 
     def scores(self, split):
-        """{"val_top1": ...}: what the task finds on a split with the averaged weights; None for what is not a
-        number, as where nothing was detected. Raises FloatingPointError if that is the loss."""
+        """{"val_top1": ...}: what the task finds on a split with the averaged weights; None for
+        what is not a number, as where nothing was detected. Raises FloatingPointError if that is
+        the loss."""
         found = self.task.evaluate(self.ema.module, self.sets[split], self.config.amp)
         if not math.isfinite(found.get("loss", 0.0)):
             raise FloatingPointError(
-                f"the loss on the {split} pictures is not finite after step {self.step}: lower --lr, "
-                f"and choose another --out; the last good weights stay in {self.config.out}"
+                f"the loss on the {split} pictures is not finite after step {self.step}: lower "
+                f"--lr, and choose another --out; the last good weights stay in {self.config.out}"
             )
         finite = {key: value if math.isfinite(value) else None for key, value in found.items()}
         return {f"{split}_{key}": value for key, value in finite.items()}
@@ -290,8 +300,8 @@ class Run:
         return record
 
     def write_results(self):
-        """Write weights.safetensors and record.json, where they are not there already just so; returns the
-        names of those that were not."""
+        """Write weights.safetensors and record.json, where they are not there already just so;
+        returns the names of those that were not."""
         chosen = [row["val_best_threshold"] for row in self.history if "val_best_threshold" in row]
         packed = weights_file(
             self.ema.module,
@@ -312,17 +322,16 @@ class Run:
 
 
 def step_seed(seed, step, process):
-    """The seed of all draws of a step in a process: so a run that was interrupted, or whose steps are cut into
-    micro-batches, draws the same as one that was not."""
+    """The seed of all draws of a step in a process: so a run that was interrupted, or whose steps
+    are cut into micro-batches, draws the same as one that was not."""
     return int(np.random.SeedSequence((seed, step, process)).generate_state(1, np.uint64)[0])
 
 
 def cut(batch, count):
-    """A batch, a tuple of fields with an entry for each picture, in `count` parts that differ by one picture at
-    most."""
+    """A batch, a tuple of fields with an entry for each picture, in `count` parts that differ by
+    one picture at most."""
     index = torch.arange(len(batch[0])).tensor_split(count)
     ends = [(part[0].item(), part[-1].item() + 1) for part in index]
     return [
-        tuple(None if field is None else field[start:end] for field in batch)
-        for start, end in ends
+        tuple(None if field is None else field[start:end] for field in batch) for start, end in ends
     ]

@@ -1,18 +1,17 @@
 """Train an X-ViT, or the same body with another attention.
 
-    python -m xvit_minimal.train                           # drawn shapes, about a minute on a laptop
+    python -m xvit_minimal.train                           # drawn shapes, a minute on a laptop
     python -m xvit_minimal.train --data cifar10 --model xvit_nano --epochs 100 --out runs/cifar10
     python -m xvit_minimal.train --task segmentation       # or detection, of the same shapes
     torchrun --nproc-per-node 8 -m xvit_minimal.train ...  # the same command on eight GPUs
 
 A run leaves in its folder:
     weights.safetensors   the averaged weights after the last whole epoch; load_model() reads them
-    record.json           command, configuration, commit, versions, hardware, every epoch's figures, results
+    record.json           command, configuration, commit, versions, hardware, figures, results
     checkpoint.pt         everything needed to go on: start the same command again, and it does
 """
 
 import contextlib
-import json
 import os
 import signal
 import sys
@@ -23,6 +22,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+
 from .command_line import command, parse
 from .distributed import rank, world
 from .recipe import settle
@@ -36,15 +36,15 @@ __all__ = ["Run", "load_model", "main", "train"]
 
 
 def train(config):
-    """Train the model that a Config describes, or go on with its run in the folder `config.out`; returns the
-    record.
+    """Train the model that a Config describes, or go on with its run in the folder `config.out`;
+    returns the record.
 
-    It trains on "train", scores epochs on "val", and looks at "test" once, when the run ends. A run that has
-    ended goes on if `epochs` has grown: from the step that it reached, at the rate that the longer run has
-    there. It seeds torch's global generators. Ctrl-C, or a signal to end, ends it with a checkpoint and
-    KeyboardInterrupt, before the next micro-batch. Raises ValueError for input that does not fit,
-    FloatingPointError if a number is no longer finite, OSError if a file cannot be written; the last good
-    checkpoint stays in each case.
+    It trains on "train", scores epochs on "val", and looks at "test" once, when the run ends. A run
+    that has ended goes on if `epochs` has grown: from the step that it reached, at the rate that
+    the longer run has there. It seeds torch's global generators. Ctrl-C, or a signal to end, ends
+    it with a checkpoint and KeyboardInterrupt, before the next micro-batch. Raises ValueError for
+    input that does not fit, FloatingPointError if a number is no longer finite, OSError if a file
+    cannot be written; the last good checkpoint stays in each case.
     """
     device = _start(config)
     TASKS[config.task].check(config)
@@ -74,7 +74,8 @@ def train(config):
 
 
 def go_on(run):
-    """Train a run to its end. Raises KeyboardInterrupt, with a checkpoint, when it is asked to stop."""
+    """Train a run to its end. Raises KeyboardInterrupt, with a checkpoint, when it is asked to
+    stop."""
     if len(run.history) == run.config.epochs:
         for name in run.write_results():
             print(f"{name} was not as this run had left it: made again from its checkpoint")
@@ -138,8 +139,8 @@ class Watch:
 
 
 def estimate(run, seconds):
-    """What a run will take, in words, from the seconds of a step. A score costs about a third of a step for
-    each picture: a forward pass of three passes."""
+    """What a run will take, in words, from the seconds of a step. A score costs about a third of a
+    step for each picture: a forward pass of three passes."""
     left = run.steps * run.config.epochs - run.step
     pictures = len(run.sets["test"])
     if "val" in run.sets:
@@ -157,7 +158,8 @@ UNITS = (("days", 86_400), ("hours", 3600), ("minutes", 60), ("seconds", 1))
 
 
 def load_sets(config):
-    """{"train", "test", and with a holdout "val"}: the ImageSets of a run. The first process alone downloads."""
+    """{"train", "test", and with a holdout "val"}: the ImageSets of a run. The first process alone
+    downloads."""
     load = TASKS[config.task].load
     if rank():
         dist.barrier()
@@ -181,8 +183,8 @@ def check_parts(config, sets):
     for name, images in sets.items():
         if len(images) < world():
             raise ValueError(
-                f"got {len(images)} pictures in the {name} split for {world()} processes, expected one "
-                "for each at least: add pictures or start fewer processes"
+                f"got {len(images)} pictures in the {name} split for {world()} processes, expected "
+                "one for each at least: add pictures or start fewer processes"
             )
 
 
@@ -212,7 +214,9 @@ def main():
     except KeyboardInterrupt:
         sys.exit(f"\nstopped; {_how_to_go_on(config)}")
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # no second complaint at the end
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+        )  # no second complaint at the end
         sys.exit(f"stopped: nobody reads what this program prints; {_how_to_go_on(config)}")
     except (ValueError, FloatingPointError, OSError) as error:
         sys.exit(f"error: {error}")
@@ -235,19 +239,20 @@ def _say(record, config):
     print(f"{words}, on {pictures:,} test images, in {config.out}/record.json")
     if config.data == "shapes" and config.task == "classification":
         print(
-            "next: --attention none --class-depth 0 --no-lpi --out runs/none, to see what is left when "
-            "no token sees another;\n--data cifar10, for real images; --help, for every option"
+            "next: --attention none --class-depth 0 --no-lpi --out runs/none, to see what is left "
+            "when no token sees another;\n--data cifar10, for real images; --help, for every option"
         )
 
 
 def _start(config):
-    """The device to train on, tried out; under torchrun, which sets RANK, joins the other processes first.
-    Raises ValueError if there is no such device."""
+    """The device to train on, tried out; under torchrun, which sets RANK, joins the other processes
+    first. Raises ValueError if there is no such device."""
     gpu = torch.cuda.is_available()
     name = config.device or ("cuda" if gpu else "cpu")
     if name.startswith("cuda") and not gpu:
         raise ValueError(
-            f"got --device {name}, but torch {torch.__version__} finds no GPU here: leave --device out"
+            f"got --device {name}, but torch {torch.__version__} finds no GPU here: leave --device "
+            "out"
         )
     try:
         device = torch.device(name)
@@ -279,8 +284,8 @@ def _alone(folder):
 
 @contextlib.contextmanager
 def _signals(handler, once=False):
-    """Ctrl-C, a termination signal and a terminal that closes are for `handler` meanwhile, but for those that
-    are ignored, as under nohup; with `once` a second one is for who had it before."""
+    """Ctrl-C, a termination signal and a terminal that closes are for `handler` meanwhile, but for
+    those that are ignored, as under nohup; with `once` a second one is for who had it before."""
     before = {}
 
     def handle(number, frame):
