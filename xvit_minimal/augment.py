@@ -16,17 +16,17 @@ class Augment(nn.Module):
 
     `how` is one of AUGMENTATIONS. All but "none" mirror each image with probability 1/2; "shift" then moves it by up to
     an eighth of its side, "crop" enlarges a part of it, each by a draw of its own. "+randaugment" adds RandAugment (two
-    operations, magnitude 9) with one draw for every `group` images. All draws come from torch's global CPU generator.
+    operations, magnitude 9) with one draw for every `group` images. `size`: the side of a crop, by default the images' own. All draws come from torch's global CPU generator.
     Raises ValueError for another `how`, or a batch that is no uint8. Source: Cubuk et al., arXiv:1909.13719.
     """
 
-    def __init__(self, how="shift+randaugment", group=16):
+    def __init__(self, how="shift+randaugment", group=16, size=None):
         super().__init__()
         if how not in AUGMENTATIONS:
             raise ValueError(
                 f"got augmentation {how!r}, expected one of {', '.join(AUGMENTATIONS)}"
             )
-        self.how, self.group = how, group
+        self.how, self.group, self.size = how, group, size
         self.randaugment = v2.RandAugment(num_ops=2, magnitude=9, fill=128)
 
     def forward(self, x):
@@ -38,7 +38,8 @@ class Augment(nn.Module):
         if move != "none":
             x = flip(x)
         if move in ("shift", "crop"):
-            x = shift(x, x.shape[-1] // 8) if move == "shift" else resized_crop(x, x.shape[-1])
+            side = self.size or x.shape[-1]
+            x = shift(x, x.shape[-1] // 8) if move == "shift" else resized_crop(x, side)
         if more:
             x = torch.cat([self.randaugment(part) for part in x.split(self.group)])
         return normalize(x)

@@ -272,6 +272,10 @@ def _start(config):
 
 
 def _amp(device):
+    """Whether a device multiplies bfloat16 faster than float32."""
+    if device.type == "cpu":  # not every torch tells of every processor
+        asked = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+        return any(getattr(torch.cpu, name, bool)() for name in asked)
     return device.type == "cuda" and torch.cuda.is_bf16_supported()
 
 
