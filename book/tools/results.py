@@ -7,6 +7,7 @@ A page holds `<!-- from the records: NAME -->` ... `<!-- end -->`; what stands b
 """
 
 import argparse
+import ast
 import difflib
 import hashlib
 import inspect
@@ -111,9 +112,9 @@ def slope(run, what, direction):
 
 
 def code_lines(module):
-    """The lines of a module's code, from its constructor on."""
-    source = inspect.getsource(module)
-    return source[source.index("    def __init__") :].splitlines()
+    """A module's code below its docstring, a line a statement however the source is wrapped."""
+    (tree,) = ast.parse(inspect.getsource(module)).body
+    return ast.unparse(tree.body[1:]).splitlines()
 
 
 def changed_lines():
