@@ -469,7 +469,7 @@ def test_the_adapter_of_chapter_6_works_in_timm_s_models_both_ways():
     torch.testing.assert_close(built.eval()(image), swapped.eval()(image))
     with pytest.raises(ValueError, match="got attn_mask.*expected None.*key_padding_mask"):
         built(image, attn_mask=torch.zeros(17, 17))
-    with pytest.raises(ValueError, match=r"got qk_norm=True.*leave"):
+    with pytest.raises(ValueError, match="got qk_norm, expected.*leave it out"):
         timm.models.VisionTransformer(**size, qk_norm=True, attn_layer=Attention)
 
 
