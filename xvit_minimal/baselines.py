@@ -92,6 +92,8 @@ class NoMixing(_Attention):
     Give such a model class_depth=0: a class token that attends to itself alone never sees the image.
     """
 
+    mixes_tokens = False
+
     def mix(self, q, k, v):
         return v  # (B, h, N, d)
 
