@@ -11,7 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .attention import SoftmaxAttention, XNormAttention, _split_heads, xnorm
+if __package__:
+    from .attention import SoftmaxAttention, XNormAttention, _split_heads, xnorm
+else:  # copied out, and imported as a file by itself
+    from attention import SoftmaxAttention, XNormAttention, _split_heads, xnorm
 
 
 class _Attention(SoftmaxAttention):

@@ -128,8 +128,8 @@ class SemanticFPN(nn.Module):
     def _logits(self, maps, size):
         """The logits (B, J, h, w) of pictures of one size."""
         total = sum(branch(level) for branch, level in zip(self.branches, maps))  # (B, c, ·, ·)
-        stride = self.backbone.strides[0]
-        logits = F.interpolate(self.head(total), scale_factor=stride, mode="bilinear")
+        first = self.backbone.strides[0]
+        logits = F.interpolate(self.head(total), scale_factor=first, mode="bilinear")
         return logits[:, :, : size[0], : size[1]]  # what was padded is cut off
 
 
@@ -164,25 +164,23 @@ class _Detector(RetinaNet):
         if self.training:
             _check_targets(targets, len(images))
         batch, _ = self.transform(images)
-        sizes = batch.image_sizes
-        groups = _by_size(sizes)
-        own_sizes = None
+        groups = _by_size(batch.image_sizes)
+        x, sizes = batch.tensors, None
         if len(groups) > 1:
-            own_sizes = torch.tensor(sizes, device=batch.tensors.device)
-        maps = list(self.backbone(batch.tensors, own_sizes).values())
-        found, losses = [None] * len(sizes), {}
+            sizes = torch.tensor(batch.image_sizes, device=x.device)
+        maps = list(self.backbone(x, sizes).values())
+        found, losses = {}, {}
         for size, index in groups:
             own = self.backbone.own_maps(maps, index, size)
             output, anchors = self.head(own), self._anchors(own)
-            if not self.training:
-                for n, boxes in zip(index, self._boxes(output, anchors, own, size)):
-                    found[n] = boxes
-                continue
-            truth = [targets[n] for n in index]
-            means = self.compute_loss(truth, output, [torch.cat(anchors)] * len(index))
-            for name, mean in means.items():
-                losses[name] = losses.get(name, 0) + mean * (len(index) / len(sizes))
-        return losses if self.training else found
+            if self.training:
+                truth = [targets[n] for n in index]
+                means = self.compute_loss(truth, output, [torch.cat(anchors)] * len(index))
+                for name, mean in means.items():
+                    losses[name] = losses.get(name, 0) + mean * (len(index) / len(x))
+            else:
+                found.update(zip(index, self._boxes(output, anchors, size)))
+        return losses if self.training else [found[n] for n in range(len(x))]
 
     def _anchors(self, maps):
         """The anchors of each map, in float32 whatever the maps are: (cells * 9, 4)."""
@@ -190,11 +188,11 @@ class _Detector(RetinaNet):
         strides = [(stride, stride) for stride in self.backbone.strides]
         return self.anchor_generator.grid_anchors([level.shape[2:] for level in maps], strides)
 
-    def _boxes(self, output, anchors, maps, size):
-        counts = [len(each) for each in anchors]
+    def _boxes(self, output, anchors, size):
+        """What is found in each picture of one size."""
+        images, counts = len(output["cls_logits"]), [len(each) for each in anchors]
         output = {name: list(value.split(counts, dim=1)) for name, value in output.items()}
-        anchors, sizes = [anchors] * len(maps[0]), [size] * len(maps[0])
-        return self.postprocess_detections(output, anchors, sizes)
+        return self.postprocess_detections(output, [anchors] * images, [size] * images)
 
 
 class _Head(RetinaNetHead):
@@ -335,18 +333,18 @@ def _by_size(sizes):
 def _check_targets(targets, images):
     if targets is None or len(targets) != images:
         raise ValueError(
-            f"got {targets and len(targets)} targets for {images} images, expected one for each in "
-            "training: call model.eval() to detect"
+            f"got {'no' if targets is None else len(targets)} targets for {images} images, expected "
+            "one for each in training: call model.eval() to detect"
         )
     for n, target in enumerate(targets):
         boxes, labels = target["boxes"], target["labels"]
         if boxes.shape != (len(labels), 4):
             raise ValueError(
-                f"got boxes {tuple(boxes.shape)} for the {len(labels)} labels of image {n}, expected "
+                f"got boxes {tuple(boxes.shape)} for {len(labels)} labels of image {n}, expected "
                 f"{(len(labels), 4)}"
             )
         if not (boxes[:, 2:] > boxes[:, :2]).all():
-            wrong = boxes[(boxes[:, 2:] <= boxes[:, :2]).any(1)][0].tolist()
+            wrong = boxes[~(boxes[:, 2:] > boxes[:, :2]).all(1)][0].tolist()
             raise ValueError(
                 f"got the box {wrong} for image {n}, expected x0 < x1 and y0 < y1: drop empty ones"
             )
