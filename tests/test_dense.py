@@ -824,7 +824,7 @@ def average_precision(truth, said, threshold):
 
 def test_map_is_that_of_counting_by_hand():
     """Class 0 has two truths and three predictions, one of them in an image without truth; class 1
-    has a truth that nobody finds, class 2 none; of the 20 images, in two batches, most have neither.
+    has a truth that nobody finds, class 2 none. Most of the 20 images have neither.
     """
     truth = {0: {0: [(0, 0, 20, 20)], 18: [(10, 10, 30, 40)]}, 1: {18: [(0, 0, 8, 8)]}}
     said = [

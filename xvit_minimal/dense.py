@@ -333,8 +333,8 @@ def _by_size(sizes):
 def _check_targets(targets, images):
     if targets is None or len(targets) != images:
         raise ValueError(
-            f"got {'no' if targets is None else len(targets)} targets for {images} images, expected "
-            "one for each in training: call model.eval() to detect"
+            f"got {'no' if targets is None else len(targets)} targets for {images} images, "
+            "expected one for each in training: call model.eval() to detect"
         )
     for n, target in enumerate(targets):
         boxes, labels = target["boxes"], target["labels"]
