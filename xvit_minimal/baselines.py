@@ -15,15 +15,26 @@ stay below 3e38.
 import torch
 from torch import nn
 
-from .attention import (
-    SoftmaxAttention,
-    XNormAttention,
-    _computes_in_float16,
-    _drop,
-    _split_heads,
-    _unit_scale,
-    xnorm,
-)
+if __package__:
+    from .attention import (
+        SoftmaxAttention,
+        XNormAttention,
+        _computes_in_float16,
+        _drop,
+        _split_heads,
+        _unit_scale,
+        xnorm,
+    )
+else:  # copied out, and imported as a file by itself
+    from attention import (
+        SoftmaxAttention,
+        XNormAttention,
+        _computes_in_float16,
+        _drop,
+        _split_heads,
+        _unit_scale,
+        xnorm,
+    )
 
 
 class _Attention(SoftmaxAttention):
@@ -130,6 +141,8 @@ class NoMixing(_Attention):
 
     Give such a model class_depth=0: a class token that attends to itself never sees the image.
     """
+
+    mixes_tokens = False
 
     def mix(self, q, k, v, mask=None):
         return v[..., : q.shape[-2], :]  # (B, h, N, d)
