@@ -32,9 +32,7 @@ from .splits import SPLITS, check_request, choose, parts_of
 
 __all__ = [  # with what lies elsewhere: `data` is all a reader has to import
     "KINDS",
-    "KNOWN",
     "SPLITS",
-    "WNIDS",
     "ImageSet",
     "find",
     "fit",

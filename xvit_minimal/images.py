@@ -181,7 +181,8 @@ def _pixels(image, path):
             "nothing says which value is black and which white; save it as PNG"
         )
     alpha = "A" in image.mode or "transparency" in image.info
-    return np.array(image.convert("RGBA" if alpha else "RGB"))
+    mode = "RGBA" if alpha else "RGB"
+    return np.array(image if image.mode == mode else image.convert(mode))  # convert copies
 
 
 def _over_white(image):
