@@ -1,6 +1,7 @@
-"""What the chapters share: the package they derive, the set-up cell, the contents, the references, the run records.
+"""What the chapters share: package, set-up cell, contents, references, records of runs.
 
-As in test_book.py, a check `problems_in_...` returns one sentence for each fault; here it is put to a whole repository.
+As in test_book.py, a check `problems_in_...` returns one sentence for each fault; here it is put to
+a whole repository.
 """
 
 import ast
@@ -14,33 +15,48 @@ import shutil
 import subprocess
 import sys
 from datetime import datetime
+from graphlib import TopologicalSorter
 
 import pytest
-import yaml
-from conftest import RECORD
-from test_book import MACHINE_PATH, ROOT, cells, labels, nodes, prose, read, where
+from conftest import RECORD, ROOT
 
-_spec = importlib.util.spec_from_file_location("sync", ROOT / "book/tools/sync.py")
-sync = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(sync)
+pytest.importorskip("nbformat", reason="the tests of the book read notebooks: pip install nbformat")
+pytest.importorskip("yaml", reason="the book's contents are YAML: pip install pyyaml")
+import sync
+import yaml
+from test_book import MACHINE_PATH, cells, labels, nodes, prose, read, where
 
 DEFINITION = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 ARROWS = {  # which of its own files a file of the package may import
-    "attention": set(),
-    "data": set(),
-    "record": set(),
-    "model": {"attention"},
-    "baselines": {"attention"},
-    "dense": set(),
-    "dense_data": {"data", "dense"},
-    "recipe": {"baselines", "data", "model"},
-    "tasks": {"data", "dense", "dense_data", "model", "recipe"},
-    "train": {"dense", "model", "recipe", "record", "tasks"},
+    "attention": "",
+    "baselines": "attention",
+    "model": "attention",
+    "dense": "model",
+    "images": "",
+    "augment": "images",
+    "shapes": "images",
+    "listing": "",
+    "splits": "images",
+    "data": "images listing shapes splits",
+    "masks": "dense images listing splits",
+    "boxes": "images listing masks splits",
+    "dense_data": "boxes data dense images masks shapes splits",
+    "distributed": "",
+    "matching": "distributed",
+    "memory": "",
+    "optimization": "",
+    "packages": "",
+    "record": "",
+    "recipe": "augment baselines model",
+    "command_line": "recipe",
+    "tasks": "augment data dense dense_data distributed images matching model packages recipe",
+    "weights": "dense images model packages recipe tasks",
+    "run": "distributed memory recipe record tasks weights",
+    "train": "command_line dense distributed model optimization recipe record run tasks weights",
 }
-COPIED = {
-    "attention": {"torch"},
-    "model": {"torch", "torchvision"},
-}  # what a file that people copy out may need
+ARROWS = {file: set(others.split()) for file, others in ARROWS.items()}
+# what a file that people copy out may need
+COPIED = {"attention": {"torch"}, "model": {"torch", "torchvision"}}
 
 
 def notebooks(root):
@@ -62,7 +78,7 @@ def package_cells(root):
     ]
 
 
-# --------------------------------------------------------------------------------------- the package and the chapters
+# --------------------------------------------------------------------- the package and the chapters
 
 
 def problems_in_shown_code(root):
@@ -82,7 +98,8 @@ def problems_in_shown_code(root):
             name = sync.defined_name(node)
             if name is None or name not in known:
                 problems.append(
-                    f"{where(path, i)}: {ast.unparse(node)[:40]!r} is no definition of {file}: move it"
+                    f"{where(path, i)}: {ast.unparse(node)[:40]!r} is no definition of {file}: "
+                    "move it"
                 )
             elif ast.dump(node) != ast.dump(known[name]):
                 problems.append(f"{where(path, i)}: {name} differs from {file}: run make notebooks")
@@ -96,7 +113,8 @@ def problems_in_shown_code(root):
             ]
             if marked and (marked != [0] or lines[0] != f"# {sync.package_file(cell)}"):
                 problems.append(
-                    f"{where(path, i)}: malformed path: make `# xvit_minimal/FILE.py` the first line"
+                    f"{where(path, i)}: malformed path: make `# xvit_minimal/FILE.py` the first "
+                    "line"
                 )
     return problems
 
@@ -124,8 +142,8 @@ def problems_in_coverage(root):
         public = {n.name for n in body if isinstance(n, DEFINITION) and not n.name.startswith("_")}
         public |= {sync.defined_name(n) for n in body} & (exported(body) | everywhere)
         problems += [
-            f"xvit_minimal/{module.name}: {name} is derived in no chapter: show it in a cell that starts with "
-            f"`# xvit_minimal/{module.name}`"
+            f"xvit_minimal/{module.name}: {name} is derived in no chapter: show it in a cell that "
+            f"starts with `# xvit_minimal/{module.name}`"
             for name in sorted(public)
             if (f"xvit_minimal/{module.name}", name) not in shown
         ]
@@ -139,8 +157,8 @@ def problems_in_setup(root):
         tagged = [i for i, c in enumerate(notebook.cells) if "setup" in c.metadata.get("tags", [])]
         if tagged != [1] or notebook.cells[1].source != sync.setup_source(root):
             problems.append(
-                f"{path.name}: set-up cells {tagged}: tag the second cell setup, and no other, and run "
-                "make notebooks, which fills it"
+                f"{path.name}: set-up cells {tagged}: tag the second cell setup, and no other, and "
+                "run make notebooks, which fills it"
             )
         try:
             if changed := sync.rewrite(copy.deepcopy(notebook), root):
@@ -198,7 +216,7 @@ def test_second_setup_cell_is_reported(tree, chapter):
 
 
 def run_setup(monkeypatch, folder, source, modules=()):
-    """What the first part of the set-up cell does in a folder where the package is not installed: the commands it runs."""
+    """The commands that the set-up cell runs in a folder where the package is not installed."""
     commands = []
 
     def run(command, real=subprocess.run):
@@ -209,7 +227,7 @@ def run_setup(monkeypatch, folder, source, modules=()):
             else subprocess.CompletedProcess(command, 0)
         )
 
-    cell = sync.setup_source(ROOT).split("for name, pip_name in")[0]
+    cell = sync.setup_source(ROOT).split("NEEDED = ")[0]
     cell = re.sub(r'SOURCE = ".*"', f'SOURCE = "{source}"', cell)
     with monkeypatch.context() as patch:
         for module in modules:
@@ -241,7 +259,7 @@ def test_setup_on_colab_clones_the_pinned_ref_and_leaves_torch_alone(tmp_path, m
         run_setup(monkeypatch, here, f"file://{origin}@v1")
 
 
-# --------------------------------------------------------------------------------------- labels, contents, references
+# --------------------------------------------------------------------- labels, contents, references
 
 
 def problems_in_labels(root):
@@ -315,7 +333,8 @@ def problems_in_references(root):
         for i in sorted({*found} - {*keys})
     ]
     problems += [
-        f"book/references.bib: {key} is cited nowhere: link https://arxiv.org/abs/{i} or take it out"
+        f"book/references.bib: {key} is cited nowhere: link https://arxiv.org/abs/{i} or take it "
+        "out"
         for i, key in keys.items()
         if key not in cited and not any(i in found for found in linked.values())
     ]
@@ -325,7 +344,8 @@ def problems_in_references(root):
             re.findall(r"(?m)^\s*:alt: *\S", source)
         ):
             problems.append(
-                f"{name}: an image without alt text: write ![what is seen](...) or :alt: what is seen"
+                f"{name}: an image without alt text: write ![what is seen](...) "
+                "or :alt: what is seen"
             )
     return problems
 
@@ -371,7 +391,7 @@ def test_unknown_label_in_prose_is_reported(tree, chapter):
     assert "(eq-triple) is no equation" in "\n".join(problems_in_labels(tree))
 
 
-# -------------------------------------------------------------------------------------------------------- run records
+# -------------------------------------------------------------------------------------- run records
 
 
 def finite(value):
@@ -438,6 +458,22 @@ TRAINING = {
 OPTIONAL = {"slopes"}  # fitted to the rows of a bench
 
 
+def problems_in_scores(record):
+    """The test pictures are looked at once, when a run ends; its epochs are scored on others.
+
+    Older runs looked at the test pictures in every epoch: their last epoch has the run's result.
+    """
+    results, epochs = record["results"], record["epochs"]
+    test = {key: value for key, value in results[0].items() if key.startswith("test_")}
+    if len(results) > 1 or not any(map(number, test.values())):
+        yield "results are not one object with test_...: record the run's end alone"
+    scored = [row for row in epochs if any(key.startswith("test_") for key in row)]
+    if scored and any(key.startswith("val_") for row in epochs for key in row):
+        yield "epochs have val_... and test_...: score them on one of the two"
+    elif scored and {key: scored[-1].get(key) for key in test} != test:
+        yield "the last epoch's test_... are not the run's: record them as they were"
+
+
 def problems_in_records(root):
     problems = []
     for path in sorted((root / "book/runs").rglob("*.json")):
@@ -455,6 +491,9 @@ def problems_in_records(root):
             for key, (fits, words) in wanted.items()
             if not fits(record.get(key))
         ]
+        if record.get("kind") == "train" and objects(record.get("results")):
+            if objects(record.get("epochs")):
+                problems += [f"{path.name}: {fault}" for fault in problems_in_scores(record)]
         problems += [
             f"{path.name}: unknown key {key}: take it out or add it to tests/test_sync.py"
             for key in record
@@ -486,7 +525,13 @@ def problems_in_records(root):
         ("wall_seconds", -1),
         ("results", []),
         ("results", [{"accuracy": "high"}]),
+        ("results", [{"epoch": 1, "val_top1": 0.5}]),
+        ("results", [{"epoch": 1, "test_top1": None}]),
+        ("results", [{"test_top1": 0.5}, {"test_top1": 0.4}]),
         ("epochs", [{"loss": float("nan")}]),
+        ("epochs", [{"val_top1": 0.5, "test_top1": 0.5}]),
+        ("epochs", [{"val_top1": 0.5}, {"test_top1": 0.5}]),
+        ("epochs", [{"test_top1": 0.5}, {"test_top1": 0.4}]),
         ("config", {"data": "/home/ada/data"}),
         ("accuracy", 0.5),
     ],
@@ -496,27 +541,33 @@ def test_fault_in_a_record_is_reported(tree, key, value):
     assert "two.json" in "\n".join(problems_in_records(tree))
 
 
+@pytest.mark.parametrize(
+    "epochs",
+    [
+        [{"train_loss": 2.0}, {"train_loss": 1.0, "val_top1": 0.5}],
+        [{"train_loss": 2.0}, {"train_loss": 1.0}],  # nothing held out
+        [{"test_top1": 0.25}, {"test_top1": 0.5}],  # as runs were recorded before
+        [{"test_top1": 0.5}, {"train_loss": 1.0}],  # the same, and the last epoch was not scored
+    ],
+)
+def test_scores_of_epochs_are_of_one_kind(tree, epochs):
+    record = json.dumps({**RECORD, "epochs": epochs})
+    (tree / "book/runs/two.json").write_text(record, encoding="utf-8")
+    assert problems_in_records(tree) == []
+
+
 def test_damaged_record_is_reported(tree):
     (tree / "book/runs/two.json").write_text('{"kind": "ben', encoding="utf-8")
     assert "no JSON object" in "\n".join(problems_in_records(tree))
 
 
-# ----------------------------------------------------------------------------------------------------- the repository
+# ----------------------------------------------------------------------------------- the repository
 
 
 def files(root):
-    """The files of the repository: what git tracks or would add, or, without git, all but what is made or fetched."""
+    """What git tracks or would add; without git, all but what is made or fetched."""
     if (root / ".git").exists() and shutil.which("git"):
-        command = [
-            "git",
-            "-C",
-            root,
-            "ls-files",
-            "-z",
-            "--cached",
-            "--others",
-            "--exclude-standard",
-        ]
+        command = ["git", "-C", root, *"ls-files -z --cached --others --exclude-standard".split()]
         if not (listing := subprocess.run(command, capture_output=True)).returncode:
             names = os.fsdecode(listing.stdout).split("\0")
             return [root / name for name in names if name and (root / name).is_file()]
@@ -547,11 +598,15 @@ def imports(module):
             )
 
 
+def test_the_package_is_imported_in_one_direction():
+    TopologicalSorter(ARROWS).prepare()  # raises CycleError
+
+
 def problems_in_repository(root):
     most = {".safetensors": 5_000_000}  # weights that ship with the book
     problems = [
-        f"{p.relative_to(root)}: {p.stat().st_size:,} bytes, more than {most.get(p.suffix, 1_000_000):,}: make it "
-        "smaller or fetch it"
+        f"{p.relative_to(root)}: {p.stat().st_size:,} bytes, "
+        f"more than {most.get(p.suffix, 1_000_000):,}: make it smaller or fetch it"
         for p in files(root)
         if p.stat().st_size > most.get(p.suffix, 1_000_000)
     ]
@@ -568,7 +623,8 @@ def problems_in_repository(root):
         for top, own in imports(module):
             if own is not None and own not in ARROWS.get(module.stem, set()):
                 problems.append(
-                    f"xvit_minimal/{module.name}: imports {own} of the package, against its one direction"
+                    f"xvit_minimal/{module.name}: imports {own} of the package, "
+                    "against its one direction"
                 )
             elif (
                 own is None and top not in COPIED.get(module.stem, {top}) | sys.stdlib_module_names
@@ -611,9 +667,12 @@ numbers = [number for result in results for number in result.flatten().tolist()]
 
 
 def numbers_of_copy(file, folder):
-    """Copy one file into an empty folder and use it from a new process to which the package is not there."""
+    """Copy one file into an empty folder and use it from a process that has no package."""
     shutil.copy(file, folder / "attention.py")
-    script = f"import sys\nsys.modules['xvit_minimal'] = None\nimport attention\n{NUMBERS}\nprint(numbers)"
+    script = (
+        "import sys\nsys.modules['xvit_minimal'] = None\nimport attention\n"
+        f"{NUMBERS}\nprint(numbers)"
+    )
     run = subprocess.run(
         [sys.executable, "-E", "-c", script], cwd=folder, capture_output=True, text=True
     )
@@ -642,7 +701,7 @@ def test_copy_that_needs_the_package_is_reported(tmp_path, line):
         numbers_of_copy(source, tmp_path)
 
 
-# ------------------------------------------------------------------------- a repository without a fault, the real one
+# ------------------------------------------------------- a repository without a fault, the real one
 
 CHECKS = [
     problems_in_shown_code,
