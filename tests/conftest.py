@@ -2,6 +2,8 @@
 
 import copy
 import json
+import re
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,13 @@ try:  # the tests of the package need torch and pytest alone
 except ModuleNotFoundError:
     collect_ignore = ["test_book.py", "test_results.py", "test_site.py", "test_sync.py"]
 
+ROOT = Path(__file__).resolve().parent.parent
+PLACES = (ROOT, Path.home(), Path(tempfile.gettempdir()))
+HERE = "|".join(re.escape(f"{place}/") for place in PLACES if len(place.parts) > 1)
+MACHINE_PATH = re.compile(
+    r"(?:(?<![\w.~/-])|(?<=file://))(?:/(?:home|root|tmp|work|Users|var/folders)/|"
+    rf"[A-Za-z]:\\+Users\b|{HERE})"
+)
 CONFIG = "repository:\n  url: https://github.com/-nobody/tiny\n  branch: v1\n"
 TOC = (
     "format: jb-book\nroot: book/index\nparts:\n  - caption: One\n    chapters:\n"
@@ -106,7 +115,9 @@ def tiny_chapter(setup):
 
 @pytest.fixture
 def tree(tmp_path):
-    """A repository with a package of one definition and a book of one chapter, none of them with a fault."""
+    """A repository with a package of one definition and a book of one chapter, none of them with a
+    fault."""
+    pytest.importorskip("nbformat", reason="a chapter is written by nbformat: pip install nbformat")
     root = tmp_path / "tree"
     files = {
         "_config.yml": CONFIG,

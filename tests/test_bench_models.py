@@ -7,10 +7,9 @@ from functools import partial
 import pytest
 import torch
 
-pytest.importorskip("nbformat", reason="the tests of the book read notebooks: pip install nbformat")
 pytest.importorskip("timm", reason="timm holds XCiT and DeiT: pip install timm")
-from test_book import ROOT  # noqa: E402
-from test_sync import problems_in_records  # noqa: E402
+from conftest import ROOT  # noqa: E402
+from test_records import problems_in_records  # noqa: E402
 
 sys.path.insert(0, str(ROOT / "book/tools"))
 import bench  # noqa: E402

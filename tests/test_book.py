@@ -7,13 +7,11 @@ check stand small faults that it has to report. At the end of the file, all chec
 
 import ast
 import re
-import tempfile
-from pathlib import Path
 
 import nbformat
 import pytest
+from conftest import MACHINE_PATH, ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 CHAPTERS = sorted(
     p for p in (ROOT / "book").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts
 )
@@ -23,12 +21,6 @@ FLOAT64, LOWER = {"float64", "double"}, {"float", "float32", "float16", "bfloat1
 KNOWN_TAGS = {"setup", "hide-cell", "hide-input", "hide-output", "nbval-ignore-output"}
 MARKER = r"(?m)^\s*#\s*NBVAL_IGNORE_OUTPUT\s*$"
 HEADINGS = ["## What the package gained", "## Summary", "## Exercises", "## Sources"]
-PLACES = (ROOT, Path.home(), Path(tempfile.gettempdir()))
-HERE = "|".join(re.escape(f"{place}/") for place in PLACES if len(place.parts) > 1)
-MACHINE_PATH = re.compile(
-    r"(?:(?<![\w.~/-])|(?<=file://))(?:/(?:home|root|tmp|work|Users|var/folders)/|"
-    rf"[A-Za-z]:\\+Users\b|{HERE})"
-)
 
 
 def read(path):

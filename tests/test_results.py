@@ -8,7 +8,7 @@ from functools import partial
 
 import pytest
 import torch
-from test_book import ROOT
+from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "book/tools"))
 import bench  # noqa: E402

@@ -15,17 +15,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import ROOT
 from PIL import Image
-from test_book import ROOT
-from test_sync import problems_in_records
-from torch import nn
+from test_records import problems_in_records
 
 from xvit_minimal import data, record, train
-from xvit_minimal.baselines import XCA
-from xvit_minimal.command_line import command, parse
-from xvit_minimal.model import SIZES, XViT
+from xvit_minimal.model import XViT
 from xvit_minimal.optimization import learning_rate, parameter_groups
-from xvit_minimal.recipe import RECIPES, TASK_DEFAULTS, Config, build, recipe
+from xvit_minimal.recipe import build, recipe
 from xvit_minimal.tasks import Classification
 
 TINY = dict(
@@ -68,164 +65,6 @@ def run_of(folder, **changes):
         data.shapes(40, seed=1),
         torch.device("cpu"),
     )
-
-
-# ------------------------------------------------------------------------------------------------------------- recipe
-
-
-@pytest.mark.parametrize(
-    "changes, message",
-    [
-        (dict(model="xvit_nan"), "nearest is 'xvit_nano'"),
-        (dict(attention="xnrom"), "nearest is 'xnorm'"),
-        (dict(augment="flop"), "nearest is 'flip'"),
-        (dict(epochs=0), "epochs=0, expected at least 1"),
-        (dict(batch_size=1), "BatchNorm"),
-        (dict(lr=math.nan), "lr=nan"),
-        (dict(lr=0), "positive"),
-        (dict(mix=1.5), "0 to 1"),
-        (dict(ema=1.0), "below 1"),
-        (dict(seed=-1), "seed=-1"),
-        (dict(limit=0), "limit=0"),
-        (dict(warmup=-1), "warmup"),
-        (dict(attention="none"), "class_depth to 0"),
-    ],
-)
-def test_a_mistake_in_the_configuration_is_named(changes, message):
-    with pytest.raises(ValueError, match=message):
-        recipe("cifar10", **changes)
-
-
-def test_recipes_change_only_what_a_config_has():
-    assert all(
-        set(changes) <= set(vars(Config())) for changes in (*RECIPES.values(), *TASK_DEFAULTS.values())
-    )
-    assert (
-        recipe("a/b").out == "runs/b"
-        and recipe("shapes").model == "xvit_pico"
-        and recipe("cifar10") == Config(data="cifar10", out="runs/cifar10")
-    )
-
-
-@pytest.mark.parametrize(
-    "line",
-    [
-        "",
-        "--data cifar10 --model xvit_nano --epochs 100 --out runs/x",
-        "--no-lpi --amp --no-compile --mix 0.5 --lr 0.1",
-        "--data 'a folder' --attention xca --device cpu",
-    ],
-)
-def test_a_command_makes_its_configuration_again(line):
-    import shlex
-
-    config = parse(shlex.split(line))
-    assert parse(shlex.split(command(config))[3:]) == config
-
-
-@pytest.mark.parametrize(
-    "line, message",
-    [
-        (["--epoch", "3"], "nearest is --epochs"),
-        (["--model", "xvit_nan"], "'xvit_nano'"),
-        (["--lr", "fast"], "invalid float"),
-        (["cifar10"], "expected an option"),
-        (["--epochs", "0"], "at least 1"),
-    ],
-)
-def test_a_mistake_on_the_command_line_ends_with_what_is_wrong(line, message, capsys):
-    with pytest.raises(SystemExit) as end:
-        parse(line)
-    assert end.value.code == 2 and message in capsys.readouterr().err
-
-
-def test_help_explains_every_option(capsys):
-    with pytest.raises(SystemExit) as end:
-        parse(["--help"])
-    text = capsys.readouterr().out
-    assert end.value.code == 0 and all(
-        f"--{name.replace('_', '-')}" in text for name in vars(Config())
-    )
-    assert "examples:" in text and "torchrun" in text
-
-
-def test_a_config_builds_the_model_it_names():
-    model = build(
-        recipe(
-            "shapes", model="xvit_nano", dim=48, depth=2, class_depth=0, attention="xca", lpi=False
-        ),
-        7,
-        24,
-    )
-    assert (
-        isinstance(model.blocks[0].attention.part, XCA)
-        and len(model.blocks) == 2
-        and model.blocks[0].lpi is None
-    )
-    assert model(torch.zeros(1, 3, 24, 24)).shape == (1, 7) and model.positions.shape == (
-        1,
-        48,
-        12,
-        12,
-    )
-    sizes = [
-        sum(p.numel() for p in build(recipe(model=name), 10, 32).parameters())
-        for name in ("xvit_pico", "xvit_nano")
-    ]
-    assert sizes == [
-        sum(p.numel() for p in XViT(**SIZES[name]).parameters())
-        for name in ("xvit_pico", "xvit_nano")
-    ]
-
-
-def test_weight_decay_is_for_matrices_and_kernels_alone():
-    model = XViT(
-        img_size=32,
-        num_classes=4,
-        dim=16,
-        depth=1,
-        num_heads=2,
-        stem_stride=4,
-        class_depth=1,
-        attention=XCA,
-    )
-    names = {id(p): name for name, p in model.named_parameters()}
-    decayed, free = (
-        {names[id(p)] for p in group["params"]} for group in parameter_groups(model, 0.05)
-    )
-    kinds = {name: model.get_submodule(name.rpartition(".")[0]) for name in names.values()}
-    assert decayed == {
-        n
-        for n, m in kinds.items()
-        if isinstance(m, (nn.Linear, nn.Conv2d)) and n.endswith("weight")
-    }
-    assert {"positions", "class_token", "blocks.0.attention.part.temperature", "head.bias"} <= free
-    gammas = {
-        n
-        for n, _ in XViT(img_size=32, dim=16, depth=1, num_heads=2).named_parameters()
-        if "gamma" in n
-    }
-    free = parameter_groups(XViT(img_size=32, dim=16, depth=1, num_heads=2), 0.05)[1]["params"]
-    assert gammas and sum(p.ndim == 3 and p.shape[1:] == (1, 1) for p in free) == len(gammas)
-
-
-def test_the_rate_rises_in_a_line_and_falls_in_a_cosine():
-    config = recipe("cifar10", epochs=100, warmup=10, lr=1e-3, final_lr=1e-5)
-    rates = [learning_rate(n, config, 7) for n in range(701)]
-    assert (
-        rates[0] > 0
-        and np.allclose(np.diff(rates[:70]), rates[0])
-        and math.isclose(rates[70], 1e-3)
-    )
-    assert (
-        np.all(np.diff(rates[70:]) < 0)
-        and math.isclose(rates[700], 1e-5)
-        and math.isclose(rates[385], (1e-3 + 1e-5) / 2)
-    )
-    short = recipe(
-        "cifar10", epochs=5, warmup=10
-    )  # a warm-up longer than the run would never reach the peak
-    assert max(learning_rate(n, short, 10) for n in range(50)) == short.lr
 
 
 # --------------------------------------------------------------------------------------------------------------- step

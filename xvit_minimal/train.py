@@ -75,9 +75,7 @@ class Run:
             start_from(self.model, config.init)
         if dist.is_initialized():
             synchronize_batch_norms(self.model)
-        self.ema = AveragedModel(
-            self.model, multi_avg_fn=averaging(config.ema), use_buffers=True
-        )
+        self.ema = AveragedModel(self.model, multi_avg_fn=averaging(config.ema), use_buffers=True)
         self.optimizer = torch.optim.AdamW(
             parameter_groups(self.model, config.weight_decay), lr=1.0
         )
