@@ -1,6 +1,8 @@
-"""What the tests of the book share: the option --site, and a tiny repository without faults to plant faults in."""
+"""What the tests share: what they skip without, the option --site, and a tiny repository without
+faults to plant faults in."""
 
 import copy
+import importlib.util
 import json
 import re
 import tempfile
@@ -8,12 +10,14 @@ from pathlib import Path
 
 import pytest
 
-try:  # the tests of the package need torch and pytest alone
+try:  # the tests of the book read notebooks
     import nbformat
     from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 except ModuleNotFoundError:
     collect_ignore = ["test_book.py", "test_results.py", "test_site.py", "test_sync.py"]
 
+# what a test may need beside torch, torchvision and pytest; without it that test is skipped
+OPTIONAL = {"nbformat", "pycocotools", "safetensors", "timm", "torchmetrics", "tqdm"}
 ROOT = Path(__file__).resolve().parent.parent
 PLACES = (ROOT, Path.home(), Path(tempfile.gettempdir()))
 HERE = "|".join(re.escape(f"{place}/") for place in PLACES if len(place.parts) > 1)
@@ -49,6 +53,39 @@ RECORD = {
     "multiply_adds": 10,
     "peak_memory_bytes": 10,
 }
+
+
+def missing(error):
+    """The package whose absence made an error, None if there is no such package."""
+    while error is not None:
+        name = (getattr(error, "name", None) or "").partition(".")[0]
+        if isinstance(error, ModuleNotFoundError) and name in OPTIONAL:
+            return name if importlib.util.find_spec(name) is None else None
+        error = error.__cause__ or error.__context__
+    return None
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup(item):
+    try:
+        return (yield)
+    except Exception as error:
+        _skip_without(missing(error))
+        raise
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    try:
+        return (yield)
+    except Exception as error:
+        _skip_without(missing(error))
+        raise
+
+
+def _skip_without(package):
+    if package:
+        pytest.skip(f"needs {package}: pip install {package}")
 
 
 def pytest_addoption(parser):
@@ -117,7 +154,8 @@ def tiny_chapter(setup):
 def tree(tmp_path):
     """A repository with a package of one definition and a book of one chapter, none of them with a
     fault."""
-    pytest.importorskip("nbformat", reason="a chapter is written by nbformat: pip install nbformat")
+    import nbformat  # its absence skips the test that wants a tree
+
     root = tmp_path / "tree"
     files = {
         "_config.yml": CONFIG,

@@ -8,11 +8,13 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import ROOT
-from safetensors import safe_open
 
 from xvit_minimal import data, train, weights
 from xvit_minimal.recipe import recipe
 from xvit_minimal.tasks import TASKS, Classification
+
+pytest.importorskip("safetensors", reason="weights are files of it: pip install safetensors")
+from safetensors import safe_open  # noqa: E402
 
 sys.path.insert(0, str(ROOT / "book/tools"))
 import evaluate  # noqa: E402
