@@ -2,22 +2,19 @@
 
 import hashlib
 import json
-import sys
 from dataclasses import replace
 
 import pytest
 import torch
 from conftest import ROOT
 
+pytest.importorskip("safetensors", reason="weights are files of it: pip install safetensors")
+import evaluate
+from safetensors import safe_open
+
 from xvit_minimal import data, train, weights
 from xvit_minimal.recipe import recipe
 from xvit_minimal.tasks import TASKS, Classification
-
-pytest.importorskip("safetensors", reason="weights are files of it: pip install safetensors")
-from safetensors import safe_open  # noqa: E402
-
-sys.path.insert(0, str(ROOT / "book/tools"))
-import evaluate  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -212,7 +209,7 @@ def test_something_ships():
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_shipped_weights_lead_to_their_records(path):
-    """Small, in half precision, evaluated as they are, and the product of a run whose record is in the book."""
+    """Small, in half precision, evaluated as they are, and made by a run whose record is here."""
     assert path.stat().st_size < 5_000_000
     with safe_open(path, "pt") as file:
         about = json.loads(file.metadata()["about"])

@@ -1,4 +1,4 @@
-"""The records of runs in book/runs: what each has to say, where it was measured, and nothing of one machine."""
+"""The records of runs in book/runs: what each has to say, and nothing of one machine."""
 
 import json
 import math
@@ -73,6 +73,22 @@ TRAINING = {
 OPTIONAL = {"slopes"}  # fitted to the rows of a bench
 
 
+def problems_in_scores(record):
+    """The test pictures are looked at once, when a run ends; its epochs are scored on others.
+
+    Older runs looked at the test pictures in every epoch: their last epoch has the run's result.
+    """
+    results, epochs = record["results"], record["epochs"]
+    test = {key: value for key, value in results[0].items() if key.startswith("test_")}
+    if len(results) > 1 or not any(map(number, test.values())):
+        yield "results are not one object with test_...: record the run's end alone"
+    scored = [row for row in epochs if any(key.startswith("test_") for key in row)]
+    if scored and any(key.startswith("val_") for row in epochs for key in row):
+        yield "epochs have val_... and test_...: score them on one of the two"
+    elif scored and {key: scored[-1].get(key) for key in test} != test:
+        yield "the last epoch's test_... are not the run's: record them as they were"
+
+
 def problems_in_records(root):
     problems = []
     for path in sorted((root / "book/runs").rglob("*.json")):
@@ -90,6 +106,9 @@ def problems_in_records(root):
             for key, (fits, words) in wanted.items()
             if not fits(record.get(key))
         ]
+        if record.get("kind") == "train" and objects(record.get("results")):
+            if objects(record.get("epochs")):
+                problems += [f"{path.name}: {fault}" for fault in problems_in_scores(record)]
         problems += [
             f"{path.name}: unknown key {key}: take it out or add it to tests/test_records.py"
             for key in record
@@ -121,7 +140,13 @@ def problems_in_records(root):
         ("wall_seconds", -1),
         ("results", []),
         ("results", [{"accuracy": "high"}]),
+        ("results", [{"epoch": 1, "val_top1": 0.5}]),
+        ("results", [{"epoch": 1, "test_top1": None}]),
+        ("results", [{"test_top1": 0.5}, {"test_top1": 0.4}]),
         ("epochs", [{"loss": float("nan")}]),
+        ("epochs", [{"val_top1": 0.5, "test_top1": 0.5}]),
+        ("epochs", [{"val_top1": 0.5}, {"test_top1": 0.5}]),
+        ("epochs", [{"test_top1": 0.5}, {"test_top1": 0.4}]),
         ("config", {"data": "/home/ada/data"}),
         ("accuracy", 0.5),
     ],
@@ -129,6 +154,21 @@ def problems_in_records(root):
 def test_fault_in_a_record_is_reported(tree, key, value):
     (tree / "book/runs/two.json").write_text(json.dumps({**RECORD, key: value}), encoding="utf-8")
     assert "two.json" in "\n".join(problems_in_records(tree))
+
+
+@pytest.mark.parametrize(
+    "epochs",
+    [
+        [{"train_loss": 2.0}, {"train_loss": 1.0, "val_top1": 0.5}],
+        [{"train_loss": 2.0}, {"train_loss": 1.0}],  # nothing held out
+        [{"test_top1": 0.25}, {"test_top1": 0.5}],  # as runs were recorded before
+        [{"test_top1": 0.5}, {"train_loss": 1.0}],  # the same, and the last epoch was not scored
+    ],
+)
+def test_scores_of_epochs_are_of_one_kind(tree, epochs):
+    record = json.dumps({**RECORD, "epochs": epochs})
+    (tree / "book/runs/two.json").write_text(record, encoding="utf-8")
+    assert problems_in_records(tree) == []
 
 
 def test_damaged_record_is_reported(tree):

@@ -1,6 +1,7 @@
-"""What the chapters share: the package they derive, the set-up cell, the contents, the references, the run records.
+"""What the chapters share: package, set-up cell, contents, references, records of runs.
 
-As in test_book.py, a check `problems_in_...` returns one sentence for each fault; here it is put to a whole repository.
+As in test_book.py, a check `problems_in_...` returns one sentence for each fault; here it is put to
+a whole repository.
 """
 
 import ast
@@ -12,34 +13,49 @@ import re
 import shutil
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 
 import pytest
-import yaml
 from conftest import ROOT
+
+pytest.importorskip("nbformat", reason="the tests of the book read notebooks: pip install nbformat")
+pytest.importorskip("yaml", reason="the book's contents are YAML: pip install pyyaml")
+import sync
+import yaml
 from test_book import cells, labels, nodes, prose, read, where
 from test_records import problems_in_records
 
-_spec = importlib.util.spec_from_file_location("sync", ROOT / "book/tools/sync.py")
-sync = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(sync)
-
 DEFINITION = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 ARROWS = {  # which of its own files a file of the package may import
-    "attention": set(),
-    "data": set(),
-    "record": set(),
-    "model": {"attention"},
-    "baselines": {"attention"},
-    "dense": set(),
-    "dense_data": {"data", "dense"},
-    "recipe": {"baselines", "data", "model"},
-    "tasks": {"data", "dense", "dense_data", "model", "recipe"},
-    "train": {"dense", "model", "recipe", "record", "tasks"},
+    "attention": "",
+    "baselines": "attention",
+    "model": "attention",
+    "dense": "model",
+    "images": "",
+    "augment": "images",
+    "shapes": "images",
+    "listing": "",
+    "splits": "images",
+    "data": "images listing shapes splits",
+    "masks": "dense images listing splits",
+    "boxes": "images listing masks splits",
+    "dense_data": "boxes data dense images masks shapes splits",
+    "distributed": "",
+    "matching": "distributed",
+    "memory": "",
+    "optimization": "",
+    "packages": "",
+    "record": "",
+    "recipe": "augment baselines model",
+    "command_line": "recipe",
+    "tasks": "augment data dense dense_data distributed images matching model packages recipe",
+    "weights": "dense images model packages recipe tasks",
+    "run": "distributed memory recipe record tasks weights",
+    "train": "command_line dense distributed model optimization recipe record run tasks weights",
 }
-COPIED = {
-    "attention": {"torch"},
-    "model": {"torch", "torchvision"},
-}  # what a file that people copy out may need
+ARROWS = {file: set(others.split()) for file, others in ARROWS.items()}
+# what a file that people copy out may need
+COPIED = {"attention": {"torch"}, "model": {"torch", "torchvision"}}
 
 
 def notebooks(root):
@@ -61,7 +77,7 @@ def package_cells(root):
     ]
 
 
-# --------------------------------------------------------------------------------------- the package and the chapters
+# --------------------------------------------------------------------- the package and the chapters
 
 
 def problems_in_shown_code(root):
@@ -81,7 +97,8 @@ def problems_in_shown_code(root):
             name = sync.defined_name(node)
             if name is None or name not in known:
                 problems.append(
-                    f"{where(path, i)}: {ast.unparse(node)[:40]!r} is no definition of {file}: move it"
+                    f"{where(path, i)}: {ast.unparse(node)[:40]!r} is no definition of {file}: "
+                    "move it"
                 )
             elif ast.dump(node) != ast.dump(known[name]):
                 problems.append(f"{where(path, i)}: {name} differs from {file}: run make notebooks")
@@ -95,7 +112,8 @@ def problems_in_shown_code(root):
             ]
             if marked and (marked != [0] or lines[0] != f"# {sync.package_file(cell)}"):
                 problems.append(
-                    f"{where(path, i)}: malformed path: make `# xvit_minimal/FILE.py` the first line"
+                    f"{where(path, i)}: malformed path: make `# xvit_minimal/FILE.py` the first "
+                    "line"
                 )
     return problems
 
@@ -123,8 +141,8 @@ def problems_in_coverage(root):
         public = {n.name for n in body if isinstance(n, DEFINITION) and not n.name.startswith("_")}
         public |= {sync.defined_name(n) for n in body} & (exported(body) | everywhere)
         problems += [
-            f"xvit_minimal/{module.name}: {name} is derived in no chapter: show it in a cell that starts with "
-            f"`# xvit_minimal/{module.name}`"
+            f"xvit_minimal/{module.name}: {name} is derived in no chapter: show it in a cell that "
+            f"starts with `# xvit_minimal/{module.name}`"
             for name in sorted(public)
             if (f"xvit_minimal/{module.name}", name) not in shown
         ]
@@ -138,8 +156,8 @@ def problems_in_setup(root):
         tagged = [i for i, c in enumerate(notebook.cells) if "setup" in c.metadata.get("tags", [])]
         if tagged != [1] or notebook.cells[1].source != sync.setup_source(root):
             problems.append(
-                f"{path.name}: set-up cells {tagged}: tag the second cell setup, and no other, and run "
-                "make notebooks, which fills it"
+                f"{path.name}: set-up cells {tagged}: tag the second cell setup, and no other, and "
+                "run make notebooks, which fills it"
             )
         try:
             if changed := sync.rewrite(copy.deepcopy(notebook), root):
@@ -197,7 +215,7 @@ def test_second_setup_cell_is_reported(tree, chapter):
 
 
 def run_setup(monkeypatch, folder, source, modules=()):
-    """What the first part of the set-up cell does in a folder where the package is not installed: the commands it runs."""
+    """The commands that the set-up cell runs in a folder where the package is not installed."""
     commands = []
 
     def run(command, real=subprocess.run):
@@ -208,7 +226,7 @@ def run_setup(monkeypatch, folder, source, modules=()):
             else subprocess.CompletedProcess(command, 0)
         )
 
-    cell = sync.setup_source(ROOT).split("for name, pip_name in")[0]
+    cell = sync.setup_source(ROOT).split("NEEDED = ")[0]
     cell = re.sub(r'SOURCE = ".*"', f'SOURCE = "{source}"', cell)
     with monkeypatch.context() as patch:
         for module in modules:
@@ -240,7 +258,7 @@ def test_setup_on_colab_clones_the_pinned_ref_and_leaves_torch_alone(tmp_path, m
         run_setup(monkeypatch, here, f"file://{origin}@v1")
 
 
-# --------------------------------------------------------------------------------------- labels, contents, references
+# --------------------------------------------------------------------- labels, contents, references
 
 
 def problems_in_labels(root):
@@ -314,7 +332,8 @@ def problems_in_references(root):
         for i in sorted({*found} - {*keys})
     ]
     problems += [
-        f"book/references.bib: {key} is cited nowhere: link https://arxiv.org/abs/{i} or take it out"
+        f"book/references.bib: {key} is cited nowhere: link https://arxiv.org/abs/{i} or take it "
+        "out"
         for i, key in keys.items()
         if key not in cited and not any(i in found for found in linked.values())
     ]
@@ -324,7 +343,8 @@ def problems_in_references(root):
             re.findall(r"(?m)^\s*:alt: *\S", source)
         ):
             problems.append(
-                f"{name}: an image without alt text: write ![what is seen](...) or :alt: what is seen"
+                f"{name}: an image without alt text: write ![what is seen](...) "
+                "or :alt: what is seen"
             )
     return problems
 
@@ -370,22 +390,13 @@ def test_unknown_label_in_prose_is_reported(tree, chapter):
     assert "(eq-triple) is no equation" in "\n".join(problems_in_labels(tree))
 
 
-# ----------------------------------------------------------------------------------------------------- the repository
+# ----------------------------------------------------------------------------------- the repository
 
 
 def files(root):
-    """The files of the repository: what git tracks or would add, or, without git, all but what is made or fetched."""
+    """What git tracks or would add; without git, all but what is made or fetched."""
     if (root / ".git").exists() and shutil.which("git"):
-        command = [
-            "git",
-            "-C",
-            root,
-            "ls-files",
-            "-z",
-            "--cached",
-            "--others",
-            "--exclude-standard",
-        ]
+        command = ["git", "-C", root, *"ls-files -z --cached --others --exclude-standard".split()]
         if not (listing := subprocess.run(command, capture_output=True)).returncode:
             names = os.fsdecode(listing.stdout).split("\0")
             return [root / name for name in names if name and (root / name).is_file()]
@@ -416,11 +427,15 @@ def imports(module):
             )
 
 
+def test_the_package_is_imported_in_one_direction():
+    TopologicalSorter(ARROWS).prepare()  # raises CycleError
+
+
 def problems_in_repository(root):
     most = {".safetensors": 5_000_000}  # weights that ship with the book
     problems = [
-        f"{p.relative_to(root)}: {p.stat().st_size:,} bytes, more than {most.get(p.suffix, 1_000_000):,}: make it "
-        "smaller or fetch it"
+        f"{p.relative_to(root)}: {p.stat().st_size:,} bytes, "
+        f"more than {most.get(p.suffix, 1_000_000):,}: make it smaller or fetch it"
         for p in files(root)
         if p.stat().st_size > most.get(p.suffix, 1_000_000)
     ]
@@ -437,7 +452,8 @@ def problems_in_repository(root):
         for top, own in imports(module):
             if own is not None and own not in ARROWS.get(module.stem, set()):
                 problems.append(
-                    f"xvit_minimal/{module.name}: imports {own} of the package, against its one direction"
+                    f"xvit_minimal/{module.name}: imports {own} of the package, "
+                    "against its one direction"
                 )
             elif (
                 own is None and top not in COPIED.get(module.stem, {top}) | sys.stdlib_module_names
@@ -480,9 +496,12 @@ numbers = [number for result in results for number in result.flatten().tolist()]
 
 
 def numbers_of_copy(file, folder):
-    """Copy one file into an empty folder and use it from a new process to which the package is not there."""
+    """Copy one file into an empty folder and use it from a process that has no package."""
     shutil.copy(file, folder / "attention.py")
-    script = f"import sys\nsys.modules['xvit_minimal'] = None\nimport attention\n{NUMBERS}\nprint(numbers)"
+    script = (
+        "import sys\nsys.modules['xvit_minimal'] = None\nimport attention\n"
+        f"{NUMBERS}\nprint(numbers)"
+    )
     run = subprocess.run(
         [sys.executable, "-E", "-c", script], cwd=folder, capture_output=True, text=True
     )
@@ -511,7 +530,7 @@ def test_copy_that_needs_the_package_is_reported(tmp_path, line):
         numbers_of_copy(source, tmp_path)
 
 
-# ------------------------------------------------------------------------- a repository without a fault, the real one
+# ------------------------------------------------------- a repository without a fault, the real one
 
 CHECKS = [
     problems_in_shown_code,

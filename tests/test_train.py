@@ -91,7 +91,8 @@ def test_a_step_is_adamw_on_the_smoothed_loss_and_moves_the_average(tmp_path):
             now
             if average is None
             else [
-                0.9 * a + 0.1 * b if b.is_floating_point() else None for a, b in zip(average, now)
+                2 / 11 * a + 9 / 11 * b if b.is_floating_point() else None  # the decay rises to 0.9
+                for a, b in zip(average, now)
             ]
         )
     for a, b in zip(run.model.parameters(), twin.parameters()):
