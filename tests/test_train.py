@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from test_sync import problems_in_records
+from test_records import problems_in_records
 
 from xvit_minimal import data, memory, record, train
 from xvit_minimal.dense import VOID

@@ -19,8 +19,8 @@ _DENSE = dict(
 )  # what both dense tasks change
 TASK_DEFAULTS = {  # the tasks, and what each changes in Config's defaults
     "classification": {},
-    "segmentation": dict(stem_stride=4, **_DENSE),
-    "detection": dict(stem_stride=8, **_DENSE),
+    "segmentation": _DENSE,
+    "detection": _DENSE,
 }
 RECIPES = {  # what (a task, a set) wants on top of that
     ("classification", "shapes"): dict(
@@ -45,11 +45,12 @@ RECIPES = {  # what (a task, a set) wants on top of that
         model="xvit_pico", epochs=4, batch_size=16, lr=2e-3, warmup=1, augment="flip", ema=0.98
     ),
 }
-# what bounds `settle`: pictures a step, tokens a picture, pictures a step at the full rate of 1e-3
+# where `settle` begins and ends: a token's width (None: the model's), tokens a picture, pictures a
+# step, and from how many of these on the rate is 1e-3
 CHOICES = {
-    "classification": dict(most_pictures=512, most_tokens=400, full_rate=128),
-    "segmentation": dict(most_pictures=8, most_tokens=16_384, full_rate=8),
-    "detection": dict(most_pictures=8, most_tokens=16_384, full_rate=8),
+    "classification": dict(stride=None, most_tokens=400, most_pictures=512, full_rate=128),
+    "segmentation": dict(stride=4, most_tokens=16_384, most_pictures=8, full_rate=8),
+    "detection": dict(stride=8, most_tokens=16_384, most_pictures=8, full_rate=8),
 }
 STEPS = 20  # that an epoch should have at least
 STRIDES = (2, 4, 8, 16)  # pixels a token may be wide
@@ -254,8 +255,8 @@ def settle(config, train_set):
     and why.
 
     What is given stays. Else, for n pictures of H x W pixels:
-    - stem_stride: the model's own, doubled until a picture has at most 400 tokens (16,384 for dense
-      tasks), or it is 16;
+    - stem_stride: the model's own (segmentation: 4, detection: 8), doubled until a picture has at
+      most 400 tokens (16,384 for dense tasks), or it is 16;
     - batch_size: 512 (8 for dense tasks), halved until an epoch has at least 20 steps or a step
       only 4 pictures;
     - lr: 1e-3, for a batch of B < 128 (8 for dense tasks) 1e-3 * sqrt(B / 128), as the noise of
@@ -268,37 +269,33 @@ def settle(config, train_set):
     chosen, lines = {}, []
 
     def choose(name, value, reason):
-        if getattr(config, name) is None:
-            chosen[name] = value
-            lines.append(f"chosen: --{name.replace('_', '-')} {value:g}, because {reason}")
-        return getattr(config, name) if name not in chosen else value
+        if (given := getattr(config, name)) is not None:
+            return given
+        chosen[name] = value
+        lines.append(f"chosen: --{name.replace('_', '-')} {value:g}, because {reason}")
+        return value
 
-    own = stride = SIZES[config.model].get("stem_stride", 16)
+    usual = stride = bounds["stride"] or SIZES[config.model].get("stem_stride", 16)
     while stride < 16 and tokens(height, width, stride) > bounds["most_tokens"]:
         stride *= 2
-    choose(
-        "stem_stride",
-        stride,
-        f"{height} x {width} pixels are then {tokens(height, width, stride):,} tokens"
-        + (
-            ""
-            if stride == own
-            else f", and {tokens(height, width, own):,} at {config.model}'s own {own}"
-        ),
-    )
+    reason = f"{height} x {width} pixels are then {tokens(height, width, stride):,} tokens"
+    if stride > usual:
+        reason += f", and {tokens(height, width, usual):,} at the usual {usual}"
+    choose("stem_stride", stride, reason)
+
     batch = bounds["most_pictures"]
     while batch > 4 and n < STEPS * batch:
         batch //= 2
-    batch = choose(
-        "batch_size", batch, f"an epoch of {n:,} pictures then has {-(-n // batch):,} steps"
-    )
-    full = bounds["full_rate"]
-    choose(
-        "lr",
-        round(1e-3 * min(1, batch / full) ** 0.5, 6),
-        f"a step averages {batch} pictures"
-        + ("" if batch >= full else f", fewer than the {full} from which on it is 0.001"),
-    )
+    reason = f"an epoch of {n:,} pictures then has {-(-n // batch):,} steps"
+    batch = choose("batch_size", batch, reason)
+
+    rate, full = 1e-3, bounds["full_rate"]
+    reason = f"a step averages {batch} pictures"
+    if batch < full:
+        rate = round(rate * (batch / full) ** 0.5, 6)
+        reason += f", and 1e-3 is for {full} and more"
+    choose("lr", rate, reason)
+
     choose("warmup", config.epochs / 10, f"it is a tenth of {config.epochs} epochs")
     steps = config.epochs * -(-n // batch)
     decay = round(max(0.0, 1 - 20 / steps), 6)
