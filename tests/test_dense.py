@@ -1,19 +1,31 @@
-"""Dense prediction (dense.py, tasks.py): the pyramid, the two heads, their losses and scores, runs of both tasks."""
+"""Dense prediction (dense.py, tasks.py): pyramid, heads, losses, scores, runs of both tasks."""
 
+import copy
 import json
+import math
 import signal
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import ROOT
 from PIL import Image
 from test_records import problems_in_records
-from test_train import stop_at, weights
+from test_resume import stop_at, weights
 from torch import nn
+from torchvision.ops import FeaturePyramidNetwork
 
 from xvit_minimal import data, dense_data, train
-from xvit_minimal.baselines import XCA, EfficientAttention, SoftmaxAttention, XNormL1
+from xvit_minimal.baselines import (
+    ATTENTIONS,
+    VARIANTS,
+    XCA,
+    EfficientAttention,
+    SoftmaxAttention,
+    XNormL1,
+)
 from xvit_minimal.dense import (
     VOID,
     SemanticFPN,
@@ -56,7 +68,7 @@ def the_same_draws():
     torch.manual_seed(0)
 
 
-# -------------------------------------------------------------------------------------------------------------- pyramid
+# ------------------------------------------------------------------------------------------ pyramid
 
 
 @pytest.mark.parametrize("stem_stride", [2, 4, 8, 16])
@@ -145,7 +157,133 @@ def test_no_token_of_the_padding_reaches_the_attention(size):
     assert torch.equal(deep[2][0], body.forward_features(x, [1])[0])
 
 
-# --------------------------------------------------------------------------------------------------------- segmentation
+def test_the_pyramid_is_torchvisions():
+    backbone = XViTBackbone(body_of(), 8)
+    theirs = FeaturePyramidNetwork([8] * 4, 8, norm_layer=nn.BatchNorm2d)
+    theirs.load_state_dict(backbone.fpn.state_dict())
+    maps = [torch.randn(2, 8, 32 // 2**n, 16 // 2**n) for n in range(4)]
+    ours = backbone.fpn(maps)
+    expected = theirs({str(n): level for n, level in enumerate(maps)})
+    assert list(ours) == list(expected)
+    assert all(torch.equal(ours[name], expected[name]) for name in ours)
+
+
+# ---------------------------------------------------------------------- pictures of different sizes
+
+OWN_SIZES = [(33, 40), (1, 1), (20, 65), (64, 9), (20, 65)]
+
+
+def padded(sizes, fill, height=64, width=70):
+    """Pictures of these sizes, and in one tensor, with `fill` beside them."""
+    x = torch.full((len(sizes), 3, height, width), fill, dtype=torch.float64)
+    draws = torch.Generator().manual_seed(3)
+    pictures = [torch.randn(3, h, w, dtype=torch.float64, generator=draws) for h, w in sizes]
+    for n, (h, w) in enumerate(sizes):
+        x[n, :, :h, :w] = pictures[n]
+    return pictures, x, torch.tensor(sizes)
+
+
+def unsettle(model):
+    """Norms and positions as training may leave them, so that nothing is 0 by chance."""
+    for module in model.modules():
+        if isinstance(module, (nn.BatchNorm2d, nn.GroupNorm)):
+            nn.init.normal_(module.weight), nn.init.normal_(module.bias)
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.running_mean), nn.init.uniform_(module.running_var, 0.5, 2)
+    nn.init.normal_(model.backbone.body.positions)
+    return model.double()
+
+
+@pytest.mark.parametrize(
+    "stem_stride, strides", [(4, (4, 8, 16, 32)), (2, (4, 8)), (16, (2, 4)), (8, (4, 16))]
+)
+def test_a_picture_has_the_logits_that_it_has_alone(stem_stride, strides):
+    model = unsettle(segmenter(stem_stride, strides)).eval()
+    pictures, x, sizes = padded(OWN_SIZES, math.nan)
+    together = model(x, sizes)
+    for n, (h, w) in enumerate(OWN_SIZES):
+        alone = model(pictures[n][None])[0]
+        torch.testing.assert_close(together[n, :, :h, :w], alone, rtol=1e-8, atol=1e-8)
+        assert not together[n, :, h:].any() and not together[n, :, :, w:].any()
+
+
+@pytest.mark.parametrize("name", [*ATTENTIONS, *VARIANTS])
+def test_maps_of_every_attention_are_those_of_a_picture_alone(name):
+    body = body_of(attention=(ATTENTIONS | VARIANTS)[name], class_depth=0)
+    backbone = XViTBackbone(body, 8).double().eval()
+    pictures, x, sizes = padded(OWN_SIZES, math.nan)
+    maps = list(backbone(x, sizes).values())
+    for n, size in enumerate(OWN_SIZES):
+        alone = backbone(pictures[n][None]).values()
+        for level, own in zip(backbone.own_maps(maps, [n], size), alone):
+            torch.testing.assert_close(level, own, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_pictures_that_fill_the_tensor_need_no_sizes(training):
+    model = unsettle(segmenter()).train(training)
+    _, x, sizes = padded([(40, 33)] * 3, 0.0, 40, 33)
+    other = copy.deepcopy(model)
+    torch.testing.assert_close(model(x, sizes), other(x), rtol=1e-8, atol=1e-8)
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(value, other.state_dict()[name])
+
+
+def test_in_training_nothing_depends_on_what_the_padding_holds():
+    trained = unsettle(segmenter()).train()
+    results = []
+    for fill, room in ((0.0, (64, 70)), (math.nan, (64, 70)), (7.0, (90, 140))):
+        model = copy.deepcopy(trained)
+        _, x, sizes = padded(OWN_SIZES, fill, *room)
+        masks = torch.full((len(x), *room), VOID)
+        for n, (h, w) in enumerate(OWN_SIZES):
+            masks[n, :h, :w] = torch.arange(w) % 3
+        loss = segmentation_loss(model(x, sizes), masks)
+        loss.backward()
+        gradients = {f"gradient of {name}": p.grad for name, p in model.named_parameters()}
+        results.append({"loss": loss, **gradients, **dict(model.named_buffers())})
+    for result in results[1:]:
+        for name, value in result.items():
+            torch.testing.assert_close(value, results[0][name], rtol=1e-6, atol=1e-8)
+
+
+def test_a_detector_finds_in_a_batch_what_it_finds_alone():
+    model = unsettle(tiny_detector()).eval()
+    nn.init.zeros_(model.head.classification_head.cls_logits.bias)  # it finds something everywhere
+    pictures, *_ = padded(OWN_SIZES, 0.0)
+    together = model(pictures)
+    for picture, found in zip(pictures, together):
+        (alone,) = model([picture])
+        assert len(alone["boxes"]) and torch.equal(found["labels"], alone["labels"])
+        for key in ("boxes", "scores"):
+            torch.testing.assert_close(found[key], alone[key], rtol=1e-8, atol=1e-8)
+
+
+def test_a_detectors_losses_are_the_mean_of_those_of_its_pictures_alone():
+    model = unsettle(tiny_detector()).train()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()  # what it takes from a batch is tested above
+    pictures, *_ = padded(OWN_SIZES, 0.0)
+    targets = [
+        a_target((0, 0, w, h), (w / 4, h / 4, w / 2, h / 2), labels=[0, 1]) for h, w in OWN_SIZES
+    ]
+    targets[2] = a_target()
+    together = model(pictures, targets)
+    alone = [model([picture], [target]) for picture, target in zip(pictures, targets)]
+    for name, loss in together.items():
+        mean = sum(each[name] for each in alone) / len(alone)
+        torch.testing.assert_close(loss, mean, rtol=1e-8, atol=1e-8)
+
+
+def test_a_detector_trains_on_pictures_of_different_sizes():
+    model = tiny_detector()
+    pictures = [torch.randn(3, 40, 33), torch.randn(3, 20, 65)]
+    sum(model(pictures, [a_target((2, 2, 20, 19))] * 2).values()).backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+# ------------------------------------------------------------------------------------- segmentation
 
 
 @pytest.mark.parametrize("stem_stride", [2, 4, 16])
@@ -231,7 +369,7 @@ def test_masks_that_do_not_fit_are_refused(masks, message):
         segmentation_loss(torch.zeros(1, 3, 4, 4), masks)
 
 
-# ------------------------------------------------------------------------------------------------------------ detection
+# ---------------------------------------------------------------------------------------- detection
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -313,6 +451,85 @@ def test_a_detector_finds_the_box_it_was_shown(label):
     assert (found["boxes"][best] - targets[0]["boxes"][0]).abs().max() < 4
 
 
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("name", ["bccd", "camvid"])
+def test_shipped_models_in_another_precision(name, kind):
+    model, _ = train.load_model(ROOT / f"book/weights/{name}.safetensors")
+    x = torch.randn(2, 3, 97, 64)
+    with torch.no_grad():
+        expected, found = model(x), copy.deepcopy(model).to(kind)(x.to(kind))
+    if name == "camvid":
+        assert found.dtype == kind
+        assert (found.argmax(1) == expected.argmax(1)).float().mean() > 0.9
+    else:
+        wide = torch.promote_types(kind, torch.float32)
+        for mine, other in zip(found, expected):
+            assert mine["boxes"].dtype == mine["scores"].dtype == wide
+            assert abs(mine["scores"].max() - other["scores"].max()) < 0.05
+
+
+def test_anchors_are_exact_whatever_the_maps_are():
+    """bfloat16 has 8 bits: anchors beyond pixel 256 would stand up to 2 pixels off."""
+    model, sides = tiny_detector(), [(80, 100), (40, 50), (20, 25)]
+    exact = model._anchors([torch.zeros(1, 16, *side) for side in sides])
+    rounded = model._anchors([torch.zeros(1, 16, *side, dtype=torch.bfloat16) for side in sides])
+    for level, other, stride in zip(exact, rounded, (8, 16, 32)):
+        assert other.dtype == torch.float32 and torch.equal(level, other)
+        corners = torch.stack([level[9::9, 0] - level[0, 0], level[9::9, 1] - level[0, 1]], 1)
+        assert (corners % stride == 0).all() and corners.max() == max(sides[0]) * 8 - stride
+
+
+def test_the_score_from_which_on_a_box_counts_can_be_set():
+    model = tiny_detector().eval()
+    nn.init.zeros_(model.head.classification_head.cls_logits.bias)
+    x = torch.randn(1, 3, 40, 33)
+    scores = model(x)[0]["scores"]
+    assert model.score_thresh == 0.05 and len(scores) == 100
+    model.score_thresh = scores.median().item()
+    kept = model(x)[0]["scores"]
+    assert 0 < len(kept) < 100 and (kept > model.score_thresh).all()
+
+
+@pytest.mark.parametrize(
+    "targets, message",
+    [
+        (None, "got no targets for 1 images, expected one for each in training: call model.eval"),
+        ([], "got 0 targets for 1 images"),
+        (
+            [a_target((2, 2, 2, 5))],
+            r"got the box \[2.0, 2.0, 2.0, 5.0\] for image 0, expected x0 <",
+        ),
+        ([a_target((2, 9, 5, 5))], "expected x0 < x1 and y0 < y1"),
+        ([a_target((2, 2, 5, math.nan))], "got the box"),
+        ([a_target((2, 2, 5, 5), labels=[0, 1])], r"got boxes \(1, 4\) for 2 labels of image 0"),
+    ],
+)
+def test_targets_that_do_not_fit_are_refused(targets, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_detector()(torch.randn(1, 3, 40, 33), targets)
+
+
+class Network(nn.Module):
+    """A detector up to what its head says; what follows depends on the image."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        return self.model.head(list(self.model.backbone(x).values()))
+
+
+@pytest.mark.parametrize("build", [segmenter, lambda: Network(tiny_detector())])
+def test_one_compiled_model_takes_size_after_size(build):
+    torch._dynamo.reset()
+    model = build().eval()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    for size in [(32, 32), (48, 32), (17, 30), (5, 33)]:
+        x = torch.randn(2, 3, *size)
+        torch.testing.assert_close(compiled(x), model(x))
+
+
 def test_the_head_computes_in_float32_under_autocast():
     head, maps = (
         tiny_detector().head,
@@ -328,7 +545,7 @@ def test_the_head_computes_in_float32_under_autocast():
     )
 
 
-# -----------------------------------------------------------------------------------------------weights from elsewhere
+# --------------------------------------------------------------------------- weights from elsewhere
 
 
 def test_stem_and_blocks_are_copied_and_positions_interpolated():
@@ -420,8 +637,9 @@ def test_a_run_starts_with_the_body_of_a_classifier(
     config = tiny(
         task, tmp_path, init=str(classifier), size=48, amp=False, compile=False, **changes
     )
-    sets = [TASKS[task].load(config, "train", 8) for _ in range(2)]
-    model = train.Run(config, *sets, torch.device("cpu")).model
+    config = replace(config, ema=0.9, lr=1e-3, batch_size=8, warmup=1)
+    sets = {"train": TASKS[task].load(config, "train", 8)}
+    model = train.Run(config, sets, torch.device("cpu")).model
     body = next(module for module in model.modules() if isinstance(module, XViT)).state_dict()
     theirs = train.load_model(classifier)[0].state_dict()
     assert all(
@@ -443,7 +661,7 @@ def test_a_run_refuses_the_body_of_another_model(classifier, tmp_path, few_to_te
         train.train(tiny("segmentation", tmp_path, init=str(classifier), **changes))
 
 
-# ----------------------------------------------------------------------------------------------------------------- runs
+# --------------------------------------------------------------------------------------------- runs
 
 
 def check_record(tree, found):
@@ -476,7 +694,8 @@ def test_a_run_leaves_a_record_and_weights_that_give_its_scores(
         "checkpoint.pt",
         "checkpoint.previous.pt",
     }
-    assert found["data"]["splits"] == {"train": 32, "test": 12} and score in found["results"][0]
+    assert found["data"]["splits"] == {"train": 32, "val": 12, "test": 12}
+    assert score in found["results"][0]
     model, classes = train.load_model(tmp_path / "run/weights.safetensors")
     test = TASKS[task].load(config, "test", None)
     assert tuple(classes) == test.classes and not model.training

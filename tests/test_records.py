@@ -70,7 +70,7 @@ TRAINING = {
         ("parameters", "multiply_adds", "peak_memory_bytes"), EVERY_RUN["wall_seconds"]
     ),
 }
-OPTIONAL = {"slopes"}  # fitted to the rows of a bench
+OPTIONAL = {"slopes", "segments"}  # fitted to the rows of a bench; of a run that was lengthened
 
 
 def problems_in_scores(record):
