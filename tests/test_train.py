@@ -122,7 +122,7 @@ def test_mixing_ends_with_its_share_of_the_epochs(tmp_path):
     ],
 )
 def test_an_epoch_sees_every_image_once_and_the_last_batch_is_smaller(tmp_path, limit, sizes):
-    """But for a last batch of one picture, which BatchNorm could not take: it joins the one before."""
+    """But for a last batch of one picture, too few for BatchNorm: it joins the one before."""
     run = run_of(tmp_path, limit=limit // 4 * 4)
     run.train_set = data.shapes(limit)
     batches = run.order(0)
@@ -266,7 +266,7 @@ def test_what_a_picture_keeps_is_counted_without_touching_the_model():
     "version, limit, used", [(2, "memory.max", "memory.current"), (1, None, None)]
 )
 def test_a_container_limit_counts(tmp_path, monkeypatch, version, limit, used):
-    """In version 1 the files have other names; "max", and a folder that is not there, are no limit."""
+    """In version 1 the files have other names; "max" and a missing folder are no limit."""
     limit, used = limit or "memory.limit_in_bytes", used or "memory.usage_in_bytes"
     root = tmp_path / ("cgroup" if version == 2 else "cgroup/memory")
     (root / "job/step").mkdir(parents=True)
@@ -475,13 +475,11 @@ TINY_WORDS = (
 ).split()
 
 
-@pytest.mark.parametrize(
-    "more", [[], ["--limit", "60", "--batch-size", "14"], ["--micro-batch", "4"]]
-)
+@pytest.mark.parametrize("more", [["--limit", "60", "--batch-size", "14"], ["--micro-batch", "4"]])
 def test_two_processes_compute_what_one_does(tmp_path, more):
     """Same batches, gradients averaged, BatchNorm over both: same losses and weights, within
-    rounding; also with 60 pictures in steps of 14, the last one of 4, and cut into micro-batches,
-    whose statistics two processes of 4 pictures share as one process has those of 8."""
+    rounding. In steps of 14, the last one of 4 pictures; and cut into micro-batches, whose
+    statistics two processes of 4 pictures share, as one process has those of 8."""
     one = [*TINY_WORDS, *more]
     two = [*one, "--out", "two"]
     if "--micro-batch" in more:
