@@ -6,7 +6,6 @@ import math
 import os
 import pickle
 import random
-import re
 import signal
 import subprocess
 import sys
@@ -15,8 +14,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT
-from PIL import Image
 from test_records import problems_in_records
 
 from xvit_minimal import data, record, train
@@ -182,34 +179,6 @@ def test_a_checkpoint_trains_and_classifies_in_a_fresh_process(whole):
         check=True,
     )
     assert words.stdout.split()[0] in data.KINDS and words.stdout.split()[1] == "False"
-
-
-def test_the_lines_of_the_readme_classify_a_picture(whole, tmp_path):
-    lines = next(
-        block
-        for block in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
-        if "load_model" in block
-    )
-    assert len([line for line in lines.splitlines() if line]) == 4
-    Image.fromarray(np.random.default_rng(0).integers(0, 255, (50, 70, 3), np.uint8)).save(
-        tmp_path / "cat.jpg"
-    )
-    (tmp_path / "book").symlink_to(ROOT / "book")
-    words = subprocess.run(
-        [sys.executable, "-c", lines], cwd=tmp_path, capture_output=True, text=True
-    )
-    assert words.stdout.strip() in (
-        "airplane",
-        "automobile",
-        "bird",
-        "cat",
-        "deer",
-        "dog",
-        "frog",
-        "horse",
-        "ship",
-        "truck",
-    ), words.stderr
 
 
 def test_the_weights_are_the_averaged_ones(whole):
