@@ -1,10 +1,13 @@
-"""What the tests of the book share: the option --site, and a tiny repository without faults.
+"""What the tests share: what they skip without, --site, and a tiny repository without faults.
 
 The tests plant faults in it and see whether they are found.
 """
 
 import copy
+import importlib.util
 import json
+import re
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -15,7 +18,15 @@ try:
 except ModuleNotFoundError:
     pass  # the tests of the book skip themselves; those of the package need torch and pytest alone
 
+# what a test may need beside torch, torchvision and pytest; without it that test is skipped
+OPTIONAL = {"nbformat", "pycocotools", "safetensors", "timm", "torchmetrics", "tqdm"}
 ROOT = Path(__file__).resolve().parent.parent
+PLACES = (ROOT, Path.home(), Path(tempfile.gettempdir()))
+HERE = "|".join(re.escape(f"{place}/") for place in PLACES if len(place.parts) > 1)
+MACHINE_PATH = re.compile(
+    r"(?:(?<![\w.~/-])|(?<=file://))(?:/(?:home|root|tmp|work|Users|var/folders)/|"
+    rf"[A-Za-z]:\\+Users\b|{HERE})"
+)
 CONFIG = "repository:\n  url: https://github.com/-nobody/tiny\n  branch: v1\n"
 TOC = (
     "format: jb-book\nroot: book/index\nparts:\n  - caption: One\n    chapters:\n"
@@ -43,6 +54,39 @@ RECORD = {
     "multiply_adds": 10,
     "peak_memory_bytes": 10,
 }
+
+
+def missing(error):
+    """The package whose absence made an error, None if there is no such package."""
+    while error is not None:
+        name = (getattr(error, "name", None) or "").partition(".")[0]
+        if isinstance(error, ModuleNotFoundError) and name in OPTIONAL:
+            return name if importlib.util.find_spec(name) is None else None
+        error = error.__cause__ or error.__context__
+    return None
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup(item):
+    try:
+        return (yield)
+    except Exception as error:
+        _skip_without(missing(error))
+        raise
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    try:
+        return (yield)
+    except Exception as error:
+        _skip_without(missing(error))
+        raise
+
+
+def _skip_without(package):
+    if package:
+        pytest.skip(f"needs {package}: pip install {package}")
 
 
 def pytest_addoption(parser):
@@ -109,6 +153,8 @@ def tiny_chapter(setup):
 @pytest.fixture
 def tree(tmp_path):
     """A repository without a fault: a package of one definition and a book of one chapter."""
+    import nbformat  # its absence skips the test that wants a tree
+
     root = tmp_path / "tree"
     files = {
         "_config.yml": CONFIG,

@@ -5,13 +5,11 @@ The body has a few thousand parameters.
 
 import json
 
-import pytest
-import torch
-
-pytest.importorskip("nbformat", reason="the tests of the book read notebooks: pip install nbformat")
 import bench
 import bench_dense
-from test_sync import problems_in_records
+import pytest
+import torch
+from test_records import problems_in_records
 
 from xvit_minimal import SoftmaxAttention
 

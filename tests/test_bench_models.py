@@ -9,11 +9,10 @@ from functools import partial
 import pytest
 import torch
 
-pytest.importorskip("nbformat", reason="the tests of the book read notebooks: pip install nbformat")
 pytest.importorskip("timm", reason="timm holds XCiT and DeiT: pip install timm")
 import bench
 import bench_models
-from test_sync import problems_in_records
+from test_records import problems_in_records
 
 from xvit_minimal import XViT
 

@@ -8,11 +8,9 @@ what the chapters share: the package, the contents, the records.
 
 import ast
 import re
-import tempfile
-from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import MACHINE_PATH, ROOT
 
 nbformat = pytest.importorskip("nbformat", reason="the tests read notebooks: pip install nbformat")
 
@@ -25,12 +23,6 @@ FLOAT64, LOWER = {"float64", "double"}, {"float", "float32", "float16", "bfloat1
 KNOWN_TAGS = {"setup", "hide-cell", "hide-input", "hide-output", "nbval-ignore-output"}
 MARKER = r"(?m)^\s*#\s*NBVAL_IGNORE_OUTPUT\s*$"
 HEADINGS = ["## What the package gained", "## Summary", "## Exercises", "## Sources"]
-PLACES = (ROOT, Path.home(), Path(tempfile.gettempdir()))
-HERE = "|".join(re.escape(f"{place}/") for place in PLACES if len(place.parts) > 1)
-MACHINE_PATH = re.compile(
-    r"(?:(?<![\w.~/-])|(?<=file://))(?:/(?:home|root|tmp|work|Users|var/folders)/|"
-    rf"[A-Za-z]:\\+Users\b|{HERE})"
-)
 
 
 def read(path):

@@ -1,25 +1,23 @@
 """Dense prediction (dense.py, tasks.py): pyramid, heads, losses, scores, runs of both tasks."""
 
-import ast
 import copy
 import json
 import math
-import re
-import shlex
 import signal
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import ROOT
 from PIL import Image
-from test_book import ROOT
-from test_sync import problems_in_records
-from test_train import stop_at, weights
+from test_records import problems_in_records
+from test_resume import stop_at, weights
 from torch import nn
 from torchvision.ops import FeaturePyramidNetwork
 
-from xvit_minimal import data, dense, dense_data, train
+from xvit_minimal import data, dense_data, train
 from xvit_minimal.baselines import (
     ATTENTIONS,
     VARIANTS,
@@ -37,8 +35,8 @@ from xvit_minimal.dense import (
     transfer,
 )
 from xvit_minimal.model import XViT
-from xvit_minimal.recipe import Config, command, parse, recipe
-from xvit_minimal.tasks import TASKS, Detection, Segmentation
+from xvit_minimal.recipe import recipe
+from xvit_minimal.tasks import TASKS
 
 SIZES = [(1, 1), (4, 4000), (33, 65), (32, 64)]
 
@@ -639,8 +637,9 @@ def test_a_run_starts_with_the_body_of_a_classifier(
     config = tiny(
         task, tmp_path, init=str(classifier), size=48, amp=False, compile=False, **changes
     )
-    sets = [TASKS[task].load(config, "train", 8) for _ in range(2)]
-    model = train.Run(config, *sets, torch.device("cpu")).model
+    config = replace(config, ema=0.9, lr=1e-3, batch_size=8, warmup=1)
+    sets = {"train": TASKS[task].load(config, "train", 8)}
+    model = train.Run(config, sets, torch.device("cpu")).model
     body = next(module for module in model.modules() if isinstance(module, XViT)).state_dict()
     theirs = train.load_model(classifier)[0].state_dict()
     assert all(
@@ -695,7 +694,8 @@ def test_a_run_leaves_a_record_and_weights_that_give_its_scores(
         "checkpoint.pt",
         "checkpoint.previous.pt",
     }
-    assert found["data"]["splits"] == {"train": 32, "test": 12} and score in found["results"][0]
+    assert found["data"]["splits"] == {"train": 32, "val": 12, "test": 12}
+    assert score in found["results"][0]
     model, classes = train.load_model(tmp_path / "run/weights.safetensors")
     test = TASKS[task].load(config, "test", None)
     assert tuple(classes) == test.classes and not model.training
@@ -738,236 +738,3 @@ def test_a_run_on_oblong_pictures(tree, tmp_path):
     model, classes = train.load_model(tmp_path / "run/weights.safetensors")
     assert model.backbone.body.positions.shape == (1, 8, 6, 10) and classes == ["sky", "roof"]
     assert {"test_iou_sky", "test_iou_roof", "test_accuracy"} < set(found["results"][0])
-
-
-# ------------------------------------------------------------------------------------------- scores
-
-
-class Told(nn.Module):
-    """Answers with what it was told for an image, whose number stands in its pixels."""
-
-    def __init__(self, answers):
-        super().__init__()
-        self.answers, self.none = answers, nn.Parameter(torch.zeros(1))
-
-    def forward(self, x):
-        assert not self.training
-        picked = [
-            self.answers[number] for number in ((x[:, 0, 0, 0] + 2) * 63.75).round().int().tolist()
-        ]
-        return torch.stack(picked) if isinstance(picked[0], torch.Tensor) else picked
-
-
-def numbered(n, height, width, classes, **more):
-    images = torch.arange(n, dtype=torch.uint8)[:, None, None, None].expand(n, 3, height, width)
-    return data.ImageSet(images, None, classes, "numbers", "numbered", **more)
-
-
-@pytest.mark.parametrize("batch_size", [1, 2, 16])
-def test_miou_is_that_of_counting_by_hand(batch_size):
-    classes, n = (
-        ("sky", "road", "boat", "unicorn", "car"),
-        5,
-    )  # nobody sees a unicorn, and the car is only in the truth
-    truth, said = torch.randint(3, (n, 4, 6)), torch.randint(3, (n, 4, 6))
-    truth[0, 0], truth[3], truth[1, 1, :2] = VOID, VOID, 4
-    said[0, 0] = 3  # under void: counts nowhere
-    model = Told(list(F.one_hot(said, 5).permute(0, 3, 1, 2).float()))
-    images = numbered(n, 4, 6, classes, masks=truth.to(torch.uint8))
-    found = Segmentation.evaluate(model.train(), images, batch_size=batch_size)
-    pixels = [
-        (i, y, x) for i in range(n) for y in range(4) for x in range(6) if truth[i, y, x] != VOID
-    ]
-    iou = {}
-    for k, name in enumerate(classes):
-        of_truth, of_said = ({p for p in pixels if mask[p] == k} for mask in (truth, said))
-        if of_truth | of_said:
-            iou[name] = len(of_truth & of_said) / len(of_truth | of_said)
-    assert set(iou) == {"sky", "road", "boat", "car"} and iou["car"] == 0
-    accuracy = sum((truth[p] == said[p]).item() for p in pixels) / len(pixels)
-    expected = {
-        "miou": sum(iou.values()) / 4,
-        "accuracy": accuracy,
-        **{f"iou_{name}": v for name, v in iou.items()},
-    }
-    assert found == pytest.approx(expected, rel=1e-9) and list(found) == list(expected)
-
-
-def test_images_of_nothing_but_void_cannot_be_evaluated():
-    images = numbered(
-        2, 4, 6, ("sky", "road"), masks=torch.full((2, 4, 6), VOID, dtype=torch.uint8)
-    )
-    with pytest.raises(ValueError, match="no pixel of the 2 test pictures"):
-        Segmentation.evaluate(Told([torch.zeros(2, 4, 6)] * 2), images)
-
-
-def overlap(a, b):
-    width, height = (max(0, min(a[2 + k], b[2 + k]) - max(a[k], b[k])) for k in (0, 1))
-    area = sum((box[2] - box[0]) * (box[3] - box[1]) for box in (a, b))
-    return width * height / (area - width * height)
-
-
-def average_precision(truth, said, threshold):
-    """COCO's, of one class: truth {image: boxes}, said [(score, image, box), ...]."""
-    found, hits, points = set(), 0, []
-    for n, (_, image, box) in enumerate(sorted(said, key=lambda each: -each[0]), start=1):
-        overlaps = [
-            (overlap(box, other), (image, k)) for k, other in enumerate(truth.get(image, []))
-        ]
-        best, which = max((pair for pair in overlaps if pair[1] not in found), default=(0, None))
-        if best >= threshold:
-            found.add(which)
-            hits += 1
-        points.append((hits / sum(map(len, truth.values())), hits / n))  # recall, precision
-    return sum(max((p for r, p in points if r >= k / 100), default=0) for k in range(101)) / 101
-
-
-def test_map_is_that_of_counting_by_hand():
-    """Class 0 has two truths and three predictions, one of them in an image without truth; class 1
-    has a truth that nobody finds, class 2 none. Most of the 20 images have neither.
-    """
-    truth = {0: {0: [(0, 0, 20, 20)], 18: [(10, 10, 30, 40)]}, 1: {18: [(0, 0, 8, 8)]}}
-    said = [
-        (0.9, 0, (0, 0, 20, 17.5)),
-        (0.8, 5, (5, 5, 15, 15)),
-        (0.7, 18, (10, 10, 30, 29)),
-    ]  # overlap 0.875, 0, 0.63
-    answers, targets = [], []
-    for image in range(20):
-        mine = [(score, box) for score, where, box in said if where == image]
-        answers.append(
-            {
-                **a_target(*[box for _, box in mine]),
-                "scores": torch.tensor([score for score, _ in mine]),
-            }
-        )
-        there = [(box, k) for k in truth for box in truth[k].get(image, [])]
-        targets.append(a_target(*[box for box, _ in there], labels=[k for _, k in there]))
-    boxes, labels = ([target[key] for target in targets] for key in ("boxes", "labels"))
-    images = numbered(20, 40, 40, ("cell", "plate", "ghost"), boxes=boxes, box_labels=labels)
-    found = Detection.evaluate(Told(answers).train(), images)
-    each = {n: average_precision(truth[0], said, n / 100) for n in range(50, 100, 5)}
-    assert (
-        each[50] == pytest.approx((51 + 50 * 2 / 3) / 101)
-        and each[75] == pytest.approx(51 / 101)
-        and each[90] == 0
-    )
-    cell = sum(each.values()) / 10
-    expected = {
-        "map": cell / 2,
-        "map50": each[50] / 2,
-        "map75": each[75] / 2,
-        "map_cell": cell,
-        "map_plate": 0,
-    }
-    assert found == pytest.approx(expected, abs=1e-6)
-    curves = Detection.precision(Told(answers), images)
-    assert curves == {"cell": pytest.approx([1] * 51 + [2 / 3] * 50), "plate": [0] * 101}
-
-
-def test_a_detector_that_says_the_truth_scores_one_and_one_that_is_silent_zero():
-    images = data.shapes(6, 32)
-    images.images[:] = torch.arange(6, dtype=torch.uint8)[:, None, None, None]
-    right = [
-        {"boxes": boxes, "labels": labels, "scores": torch.ones(2)}
-        for boxes, labels in zip(images.boxes, images.box_labels)
-    ]
-    silent = [{**a_target(), "scores": torch.zeros(0)}] * 6
-    assert set(Detection.evaluate(Told(right), images).values()) == {1.0}
-    assert set(Detection.evaluate(Told(silent), images).values()) == {0.0}
-
-
-# ------------------------------------------------------------------------------------------- recipe
-
-
-@pytest.mark.parametrize("task", ["segmentation", "detection"])
-@pytest.mark.parametrize(
-    "changes, message",
-    [
-        (dict(mix=0.5), "got mix=0.5, .* expected 0 for all three"),
-        (dict(class_depth=1), "class_depth=1 .*leave them"),
-        (dict(label_smoothing=0.1), "smoothing=0.1, .* one label an image"),
-        (dict(augment="corp"), "nearest is 'crop'"),
-        (dict(augment="shift"), "got augment 'shift', expected one of none, flip, crop"),
-        (dict(pyramid=0), "pyramid=0"),
-        (dict(pyramid=12), "got pyramid=12, expected a multiple of 8"),
-    ],
-)
-def test_what_a_dense_task_cannot_use_is_refused(task, changes, message):
-    with pytest.raises(ValueError, match=message):
-        recipe("shapes", task, **changes)
-
-
-@pytest.mark.parametrize(
-    "name, near",
-    [("segment", "segmentation"), ("detect", "detection"), ("class", "classification")],
-)
-def test_an_unknown_task_is_answered_with_the_nearest(name, near, capsys):
-    with pytest.raises(
-        ValueError,
-        match=f"got task '{name}', expected one of classification, .* nearest is '{near}'",
-    ):
-        Config(task=name)
-    with pytest.raises(SystemExit):
-        parse(["--task", name])
-    assert f"nearest is '{near}'" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    "line",
-    [
-        "--task segmentation",
-        "--task detection --data bccd --epochs 7 --size 200 --out runs/x",
-        "--task classification",
-        "--task segmentation --data 'a folder' --init a/w.safetensors --pyramid 32 --augment none "
-        "--ema 0.5 --no-lpi --amp",
-    ],
-)
-def test_a_command_makes_a_dense_configuration_again(line):
-    config = parse(shlex.split(line))
-    assert parse(shlex.split(command(config))[3:]) == config
-    assert (
-        (config.class_depth == 0) == ("classification" not in line) == ("--task" in command(config))
-    )
-
-
-def test_each_task_has_a_folder_a_score_and_a_cost(tmp_path):
-    assert (
-        recipe("a/roofs", "segmentation").out == "runs/roofs-segmentation"
-        and recipe("shapes").out == "runs/shapes"
-    )
-    assert [TASKS[task].score for task in ("classification", "segmentation", "detection")] == [
-        "top1",
-        "miou",
-        "map",
-    ]
-    for task in ("segmentation", "detection"):
-        config = tiny(task, tmp_path)
-        model = TASKS[task].model(config, 5, (24, 40))
-        parameters, multiply_adds = TASKS[task].cost(model, (24, 40))
-        assert parameters == sum(p.numel() for p in model.parameters()) and multiply_adds > 0
-        assert next(model.parameters()).device.type == "cpu" and isinstance(
-            model, (SemanticFPN, dense.RetinaNet)
-        )
-
-
-@pytest.mark.parametrize(
-    "file, weights_file, known", [("street.jpg", "camvid", "sky"), ("blood.jpg", "bccd", "RBC")]
-)
-@pytest.mark.parametrize("shape", [(50, 70, 3), (1, 1, 3), (4, 4000, 3), (61, 40)])
-def test_the_lines_of_the_readme_take_a_picture_of_any_size(
-    tmp_path, monkeypatch, capsys, file, weights_file, known, shape
-):
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
-    (lines,) = (block for block in blocks if file in block)
-    assert len(ast.parse(lines).body) == 5
-    Image.fromarray(np.random.default_rng(0).integers(0, 255, shape, np.uint8)).save(
-        tmp_path / file
-    )
-    (tmp_path / "book").symlink_to(ROOT / "book")
-    monkeypatch.chdir(tmp_path)
-    room = {}
-    exec(lines, room)
-    assert capsys.readouterr().out.startswith("[") and known in room["classes"]
-    if "mask" in room:
-        assert room["mask"].shape == room["image"].shape[1:] and room["mask"].max() < 11

@@ -1,14 +1,14 @@
-"""Sets of images, each as one uint8 tensor: found on disk, downloaded or generated; and their augmentation in batches.
+"""Sets of images, each as one uint8 tensor: found on disk, downloaded or generated.
 
-A set is decoded once and held in memory as a whole, one byte a value: 154 MB for CIFAR-10's 50,000 training images,
-727 MB for Imagenette's 9,469 at 160 pixels. A batch is an index into it, on the CPU or on a GPU, without workers.
+A set is decoded once and held in memory as a whole, one byte a value: 154 MB for CIFAR-10's 50,000
+training images, 727 MB for Imagenette's 9,469 at 160 pixels. A batch is an index into it, on the
+CPU or on a GPU, without workers.
 """
 
 import difflib
 import hashlib
 import os
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -16,13 +16,23 @@ import torch
 from torchvision import datasets
 from torchvision.transforms import v2
 
-from .images import ImageSet, check_memory, fit, normalize, read_image
-from .shapes import KINDS, shapes
+from .images import (
+    ImageSet,
+    check_memory,
+    fingerprint,
+    fit,
+    in_threads,
+    normalize,
+    read_image,
+    stack,
+)
+from .listing import PASSED_OVER, check_names, files_below, is_picture, passed_over
+from .shapes import KINDS, generated, shapes
+from .splits import SPLITS, check_request, choose, parts_of
 
-__all__ = [  # with what lies in images.py and shapes.py, so that `data` is all a reader has to import
+__all__ = [  # with what lies elsewhere: `data` is all a reader has to import
     "KINDS",
-    "KNOWN",
-    "WNIDS",
+    "SPLITS",
     "ImageSet",
     "find",
     "fit",
@@ -30,9 +40,10 @@ __all__ = [  # with what lies in images.py and shapes.py, so that `data` is all 
     "normalize",
     "read_image",
     "shapes",
+    "stack",
 ]
 
-KNOWN = {  # name: (side in pixels, number of classes, torchvision's class, the folder in which that keeps the set)
+KNOWN = {  # name: (side in pixels, number of classes, torchvision's class, the folder it makes)
     "cifar10": (32, 10, datasets.CIFAR10, "cifar-10-batches-py"),
     "cifar100": (32, 100, datasets.CIFAR100, "cifar-100-python"),
     "imagenette": (160, 10, datasets.Imagenette, "imagenette2-160"),
@@ -53,26 +64,24 @@ WNIDS = {  # the names of Imagenette's class folders
 
 
 def load(name, split="train", size=None, limit=None, root="data"):
-    """The set `name` ("cifar10", "cifar100", "imagenette", "shapes", or the path of a folder) as square images.
+    """A set as square images: "cifar10", "cifar100", "imagenette", "shapes" or a folder.
 
-    A folder holds train/ and test/ (or val/), and each of them one folder of images for each class; hidden files, and
-    those without the suffix of an image, are passed over. Where a named set is looked for: see `find`; one that is not
-    found is downloaded to `root`. `split`: "train" or "test". `size`: the side in pixels (None: the set's own, 224 for
-    a folder). `limit`: only the first limit / classes images of each class.
-    Raises ValueError, naming the file or folder, for what is missing, damaged or larger than the machine's memory.
+    A folder holds train/ and test/ (or val/), and each of them one folder for each class, whose
+    pictures count however deep they lie. Hidden files are passed over, and those without the suffix
+    of an image; `notes` says of how many that look like pictures. Where a named set is looked for:
+    see `find`; one that is not found is downloaded to `root`. `split`: "train", "val", "test" or
+    "train+val". With train/, val/ and test/ these are the folders; else "val" is a tenth of each
+    class of train/, always the same one, and "train" the rest. `shapes` is drawn anew for each
+    split, and its "train+val" is its "train". `size`: the side in pixels (None: the set's own, 224
+    for a folder). `limit`: of that split only the first limit / classes images of each class.
+    Raises ValueError, naming the file or folder, for what is missing, damaged or larger than the
+    machine's memory.
     """
-    if split not in ("train", "test") or any(
-        number is not None and number < 1 for number in (size, limit)
-    ):
-        raise ValueError(
-            f"got split={split!r}, size={size}, limit={limit}: give 'train' or 'test', positive numbers"
-        )
+    check_request(split, size, limit)
     size = size or (KNOWN[name][0] if name in KNOWN else 224)
     if name == "shapes":
-        return shapes(
-            limit or (10_000 if split == "train" else 2_000), size, seed=int(split == "test")
-        )
-    folder = find(name, root) or _download(name, Path(root))
+        return generated(split, size, limit, many=10_000)
+    folder = find(name, root) or download(name, Path(root))
     read = (
         _read_cifar
         if name in KNOWN and folder.name in ("cifar-10-batches-py", "cifar-100-python")
@@ -82,10 +91,11 @@ def load(name, split="train", size=None, limit=None, root="data"):
 
 
 def find(name, root="data", known=KNOWN):
-    """The folder of a set: in the folder that the environment variable XVIT_DATA names, else in `root`, else None.
+    """The folder of a set: in the one that the variable XVIT_DATA names, else in `root`, or None.
 
-    In either it may lie as torchvision keeps it (cifar-10-batches-py/) or in class folders (cifar10/train/CLASS/*). A
-    path to a folder stands for itself. Raises ValueError if nothing is there and the name is not one that is `known`.
+    In either it may lie as torchvision keeps it (cifar-10-batches-py/) or in class folders
+    (cifar10/train/CLASS/*). A path to a folder stands for itself. Raises ValueError if nothing is
+    there and the name is not one that is `known`.
     """
     if name not in known and (Path(name).is_dir() or len(Path(name).parts) > 1):
         return Path(name)
@@ -103,14 +113,14 @@ def find(name, root="data", known=KNOWN):
                 return folder
     if name not in known:
         raise ValueError(
-            f"got {name!r}, expected one of {', '.join(known)} or a folder: correct it (the nearest name is "
-            f"{difflib.get_close_matches(name, known, n=1, cutoff=0)[0]!r})"
+            f"got {name!r}, expected one of {', '.join(known)} or a folder: correct it (the "
+            f"nearest name is {difflib.get_close_matches(name, known, n=1, cutoff=0)[0]!r})"
         )
     return None
 
 
-def _download(name, root, known=KNOWN):
-    """Let torchvision download the set, compare its checksum and unpack it; only then move it into `root`."""
+def download(name, root, known=KNOWN):
+    """Let torchvision download and check and unpack the set; only then move it into `root`."""
     torchvision_class, base = known[name][2:]
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -122,91 +132,119 @@ def _download(name, root, known=KNOWN):
     except (OSError, RuntimeError) as error:
         raise ValueError(
             f"{name} is not on this machine, and its download failed ({error}): put {base}/, as "
-            "torchvision unpacks it (or what data/README.md says is read as well), into a folder that XVIT_DATA "
-            f"names, or into {root}/; or take the set that is generated, --data shapes"
+            "torchvision unpacks it (or what data/README.md says is read as well), into a folder "
+            f"that XVIT_DATA names, or into {root}/; or take the set that is generated, --data "
+            "shapes"
         ) from error
 
 
 def _read_cifar(name, folder, split, size, limit):
-    """torchvision's files. They are pickles, which can run code: torchvision checks their sums before it opens them."""
+    """torchvision's files. They are pickles, which can run code: it checks their sums before."""
     try:
-        data = KNOWN[name][2](folder.parent, train=split == "train")
+        data = KNOWN[name][2](folder.parent, train=split != "test")
     except (RuntimeError, OSError) as error:
         raise ValueError(
-            f"{folder}: a file is missing or damaged, its checksum is not the one torchvision knows: "
-            "delete the folder and load again, or unpack the original archive there"
+            f"{folder}: a file is missing or damaged, its checksum is not the one torchvision "
+            "knows: delete the folder and load again, or unpack the original archive there"
         ) from error
-    keep = _first(data.targets, limit, len(data.classes))
+    classes, targets = tuple(data.classes), np.array(data.targets)
+    keep = np.arange(len(targets)) if split == "test" else choose(split, targets)
+    keep = keep[_first(targets[keep], limit, len(classes))]
     images = torch.from_numpy(data.data[keep]).permute(0, 3, 1, 2).contiguous()
-    copy = f"torchvision's {folder.name}, sha256 {hashlib.sha256(images.numpy()).hexdigest()[:12]}"
+    content = hashlib.sha256(images.numpy()).hexdigest()
     if size != images.shape[-1]:
         check_memory(len(images) * 3 * size**2, f"{len(images):,} images of {size} x {size} pixels")
         images = v2.functional.resize(images, [size, size], antialias=True)
-    return ImageSet(images, torch.tensor(data.targets)[keep], tuple(data.classes), name, copy)
+    return ImageSet(
+        images,
+        torch.from_numpy(targets[keep]),
+        classes,
+        name,
+        f"torchvision's {folder.name}, sha256 {content[:12]}",
+        fingerprint=fingerprint(images, classes, targets[keep].tolist(), content),
+    )
 
 
 def _read_folder(name, folder, split, size, limit):
     """Class folders, decoded in threads."""
-    classes, samples = _class_folders(folder, split, KNOWN[name][1] if name in KNOWN else None)
+    classes, samples, notes = _class_folders(folder, split, name)
     samples = [samples[n] for n in _first([label for _, label in samples], limit, len(classes))]
-    n = len(samples)
+    files, labels = zip(*samples)
+    n = len(files)
     check_memory(3 * n * size**2, f"{n:,} images of {size} x {size} pixels")
     images = torch.empty(n, 3, size, size, dtype=torch.uint8)
 
     def read(i):
-        images[i] = read_image(samples[i][0], size)
-        return hashlib.sha256(samples[i][0].read_bytes()).digest()
+        images[i] = read_image(files[i], size)
+        return hashlib.sha256(files[i].read_bytes()).digest()
 
-    with ThreadPoolExecutor(os.cpu_count()) as threads:
-        digest = hashlib.sha256(b"".join(threads.map(read, range(n)))).hexdigest()
-    formats = "/".join(
-        sorted({file.suffix[1:].upper().replace("JPG", "JPEG") for file, _ in samples})
-    )
+    content = hashlib.sha256(b"".join(in_threads(read, range(n)))).hexdigest()
+    suffixes = {file.suffix[1:].upper().replace("JPG", "JPEG") for file in files}
+    names = [file.relative_to(folder).as_posix() for file in files]
     return ImageSet(
         images,
-        torch.tensor([label for _, label in samples]),
+        torch.tensor(labels),
         tuple(WNIDS.get(c, c) for c in classes),
         name if name in KNOWN else folder.resolve().name,
-        f"{n:,} {formats} files in class folders, sha256 {digest[:12]}",
+        f"{n:,} {'/'.join(sorted(suffixes))} files in class folders, sha256 {content[:12]}",
+        fingerprint=fingerprint(images, classes, names, content),
+        notes=notes,
     )
 
 
-def _class_folders(folder, split, expected):
-    """The names of the classes, and every image file with its label, both sorted."""
-    test = folder / "test" if (folder / "test").is_dir() else folder / "val"
-    part = folder / "train" if split == "train" else test
-    if not part.is_dir():
-        raise ValueError(
-            f"{part}: no such folder, expected train/CLASS/*.png and test/CLASS/*.png (or val/): add it"
-        )
-    names = {
-        p: sorted(c.name for c in p.iterdir() if c.is_dir() and not c.name.startswith("."))
-        for p in (folder / "train", test)
-        if p.is_dir()
-    }
-    if differ := set.symmetric_difference(*map(set, names.values())) if len(names) == 2 else None:
-        raise ValueError(
-            f"{folder}: got classes {sorted(differ)} in only one of train/ and {test.name}/, expected the "
-            "same in both: add or remove their folders"
-        )
-    if not names[part] or expected and len(names[part]) != expected:
-        raise ValueError(
-            f"{part}: got {len(names[part])} class folders, expected {expected or 'some'}: complete them"
-        )
+def _class_folders(folder, split, name):
+    """The names of the classes; every image file of a split with its label, both sorted; notes."""
+    parts, cut = parts_of(split, lambda part: (folder / part).is_dir())
+    classes = _class_names(folder, parts, KNOWN[name][1] if name in KNOWN else None)
+    notes = check_names(classes, folder)
     samples = []
-    for label, c in enumerate(names[part]):
-        files = sorted(
-            file
-            for file in (part / c).iterdir()
-            if not file.name.startswith(".")
-            and file.suffix.lower() in datasets.folder.IMG_EXTENSIONS
-        )
-        if not files:
+    for part in parts:
+        beside = [file for file in (folder / part).iterdir() if is_picture(file) and file.is_file()]
+        notes += passed_over(beside, f"{part}/, beside the class folders")
+        for label, c in enumerate(classes):
+            files = files_below(folder / part / c)
+            images = [file for file in files if is_picture(file)]
+            if not images:
+                raise ValueError(
+                    f"{folder / part / c}: got no image, expected files such as *.png: add some or "
+                    "remove the folder"
+                )
+            other = [file for file in files if file.suffix.lower() in PASSED_OVER]
+            notes += passed_over(other, f"{part}/{c}/, in a format that is not read")
+            samples += [(file, label) for file in images]
+    if cut:
+        samples = [samples[n] for n in choose(split, [label for _, label in samples])]
+    return classes, samples, notes
+
+
+def _class_names(folder, parts, expected):
+    """The names of the class folders, sorted, the same in all parts of the set."""
+    for part in parts:
+        if not (folder / part).is_dir():
             raise ValueError(
-                f"{part / c}: got no image, expected files such as *.png: add some or remove the folder"
+                f"{folder / part}: no such folder, expected train/CLASS/*.png and "
+                "test/CLASS/*.png (or val/): add it"
             )
-        samples += [(file, label) for file in files]
-    return names[part], samples
+    names = {
+        part: sorted(
+            c.name for c in (folder / part).iterdir() if c.is_dir() and not c.name.startswith(".")
+        )
+        for part in ("train", "val", "test")
+        if (folder / part).is_dir()
+    }
+    classes = names[parts[0]]
+    for part, others in names.items():
+        if differ := sorted({*classes} ^ {*others}):
+            raise ValueError(
+                f"{folder}: got classes {differ} in only one of {parts[0]}/ and {part}/, expected "
+                "the same in all parts: add or remove their folders"
+            )
+    if not classes or expected and len(classes) != expected:
+        raise ValueError(
+            f"{folder / parts[0]}: got {len(classes)} class folders, expected "
+            f"{expected or 'some'}: complete them"
+        )
+    return classes
 
 
 def _first(labels, limit, classes):
@@ -214,8 +252,8 @@ def _first(labels, limit, classes):
     each = len(labels) if limit is None else limit // classes
     if each < 1:
         raise ValueError(
-            f"got limit={limit}, expected at least one image for each of the {classes} classes: raise it"
+            f"got limit={limit}, expected at least one image for each of the {classes} classes: "
+            "raise it"
         )
-    return np.sort(
-        np.concatenate([np.flatnonzero(np.array(labels) == c)[:each] for c in range(classes)])
-    )
+    labels = np.asarray(labels)
+    return np.sort(np.concatenate([np.flatnonzero(labels == c)[:each] for c in range(classes)]))

@@ -1,10 +1,12 @@
-"""What a run is made of: its configuration, the recipes, and what they turn into: a model, an optimizer's groups, a schedule."""
+"""What a run is made of: its configuration, the recipes, what follows from the training set, and
+the model of all this."""
 
-import argparse
 import difflib
 import math
-import shlex
-from dataclasses import dataclass, field, fields
+import os
+import re
+from dataclasses import dataclass, field, fields, replace
+from numbers import Integral, Real
 from pathlib import Path
 from typing import get_args
 
@@ -12,29 +14,51 @@ from .augment import AUGMENTATIONS, DENSE_AUGMENTATIONS
 from .baselines import ATTENTIONS, VARIANTS
 from .model import SIZES, XViT
 
-DENSE = {  # the tasks, and what they change in Config's defaults
+_DENSE = dict(
+    class_depth=0, label_smoothing=0.0, mix=0.0, drop_path=0.0, augment="crop"
+)  # what both dense tasks change
+TASK_DEFAULTS = {  # the tasks, and what each changes in Config's defaults
     "classification": {},
-    "segmentation": dict(
-        stem_stride=4,
-        class_depth=0,
+    "segmentation": _DENSE,
+    "detection": _DENSE,
+}
+RECIPES = {  # what (a task, a set) wants on top of that
+    ("classification", "shapes"): dict(
+        model="xvit_pico",
+        epochs=3,
+        batch_size=128,
+        lr=2e-3,
+        warmup=1,
         label_smoothing=0.0,
+        augment="flip",
         mix=0.0,
         drop_path=0.0,
-        batch_size=8,
-        augment="crop",
-        ema=0.99,
+        ema=0.98,
     ),
-    "detection": dict(
-        stem_stride=8,
-        class_depth=0,
-        label_smoothing=0.0,
-        mix=0.0,
-        drop_path=0.0,
-        batch_size=8,
-        augment="crop",
-        ema=0.99,
+    ("classification", "imagenette"): dict(
+        stem_stride=8, augment="crop+randaugment", batch_size=128
+    ),
+    ("segmentation", "shapes"): dict(
+        model="xvit_pico", epochs=3, batch_size=16, lr=2e-3, warmup=1, augment="flip", ema=0.98
+    ),
+    ("detection", "shapes"): dict(
+        model="xvit_pico", epochs=4, batch_size=16, lr=2e-3, warmup=1, augment="flip", ema=0.98
     ),
 }
+# where `settle` begins and ends: a token's width (None: the model's), tokens a picture, pictures a
+# step, and from how many of these on the rate is 1e-3
+CHOICES = {
+    "classification": dict(stride=None, most_tokens=400, most_pictures=512, full_rate=128),
+    "segmentation": dict(stride=4, most_tokens=16_384, most_pictures=8, full_rate=8),
+    "detection": dict(stride=8, most_tokens=16_384, most_pictures=8, full_rate=8),
+}
+STEPS = 20  # that an epoch should have at least
+STRIDES = (2, 4, 8, 16)  # pixels a token may be wide
+
+
+def is_dense(task):
+    """Whether a task wants more than one answer for an image: a class for every pixel, or boxes."""
+    return task != "classification"
 
 
 def _option(default, text):
@@ -43,12 +67,16 @@ def _option(default, text):
 
 @dataclass
 class Config:
-    """A run. The defaults are a recipe for photographs; `recipe` knows what drawn shapes need instead.
+    """A run. The defaults are a recipe for photographs; `recipe` knows what drawn shapes need
+    instead.
 
-    Raises ValueError for an unknown name (and says the nearest known) and for a number out of range.
+    Where a default is None, the right value depends on the set, the model or the machine; `settle`
+    fills in what the set decides. `~` in a path is the home folder.
+    Raises ValueError for an unknown name (and says the nearest known), a value of another type, a
+    number out of range.
     """
 
-    task: str = _option("classification", f"one of {', '.join(DENSE)}")
+    task: str = _option("classification", f"one of {', '.join(TASK_DEFAULTS)}")
     data: str = _option(
         "shapes",
         "a set by name (cifar10, cifar100, imagenette, shapes; camvid, voc, pets for segmentation; "
@@ -56,7 +84,8 @@ class Config:
     )
     out: str = _option(
         "runs/shapes",
-        "folder of the run, by default runs/DATA or, for a dense task, runs/DATA-TASK; an unfinished run in it goes on",
+        "folder of the run, by default runs/DATA or, for a dense task, runs/DATA-TASK; an "
+        "unfinished run in it goes on",
     )
     model: str = _option("xvit_nano", f"one of {', '.join(SIZES)}")
     attention: str = _option("xnorm", f"one of {', '.join(ATTENTIONS | VARIANTS)}")
@@ -64,7 +93,9 @@ class Config:
     depth: int | None = _option(None, "number of blocks, instead of the model's")
     num_heads: int | None = _option(None, "heads, instead of the model's")
     stem_stride: int | None = _option(
-        None, "pixels a token is wide (2, 4, 8, 16), instead of the model's"
+        None,
+        "pixels a token is wide (2, 4, 8, 16), instead of the model's; by default more where a "
+        "picture would become too many tokens",
     )
     class_depth: int | None = _option(
         None, "class-attention blocks, instead of the model's; 0: mean over the tokens"
@@ -80,10 +111,23 @@ class Config:
     )
     limit: int | None = _option(None, "train on the first LIMIT images, equally many of each class")
     epochs: int = _option(100, "times that every training image is seen")
-    batch_size: int = _option(512, "images in a step, over all processes")
-    lr: float = _option(1e-3, "peak learning rate of AdamW")
+    batch_size: int | None = _option(
+        None,
+        "images in a step, over all processes; by default 512 (dense tasks: 8), and fewer where an "
+        f"epoch would have less than {STEPS} steps",
+    )
+    micro_batch: int | None = _option(
+        None,
+        "images of a step that a process computes at once, by default as many as half of the free "
+        "memory holds; BatchNorm's statistics are theirs",
+    )
+    lr: float | None = _option(
+        None, "peak learning rate of AdamW; by default 1e-3, and less for a small batch"
+    )
     final_lr: float = _option(1e-5, "learning rate at the end of the cosine")
-    warmup: float = _option(10, "epochs of linear warm-up, at most a fifth of all")
+    warmup: float | None = _option(
+        None, "epochs of linear warm-up, at most a fifth of all; by default a tenth"
+    )
     weight_decay: float = _option(0.05, "on the weights of linear maps and convolutions alone")
     label_smoothing: float = _option(0.1, "share of each label that is spread over all classes")
     augment: str = _option(
@@ -93,39 +137,72 @@ class Config:
         0.6, "share of the epochs, from the first on, with mixup and cutmix, 0 to 1"
     )
     drop_path: float = _option(0.1, "probability of stochastic depth")
-    ema: float = _option(
-        0.999, "decay of the averaged weights, which are the ones evaluated and kept"
+    ema: float | None = _option(
+        None,
+        "decay of the averaged weights, which are the ones evaluated and kept; by default their "
+        "mean age is a twentieth of the run",
+    )
+    holdout: bool = _option(
+        True, "keep a part of the training images for the epochs' scores, see data.load"
     )
     seed: int = _option(0, "of the weights, the order and the augmentation")
     save_steps: int = _option(
         500, "steps between two checkpoints; every epoch ends with one as well"
     )
     eval_epochs: int = _option(
-        1, "epochs between two looks at the test images; the last epoch always has one"
+        1, "epochs between two looks at the validation images; the last epoch always has one"
     )
-    device: str | None = _option(None, "cpu, cuda, ...; by default a GPU if there is one")
+    device: str | None = _option(
+        None, "cpu, cuda, cuda:1, mps, ...; by default a GPU if there is one"
+    )
     amp: bool | None = _option(None, "bfloat16 autocast; by default where a GPU has it")
     compile: bool | None = _option(None, "torch.compile; by default on a GPU")
 
     def __post_init__(self):
-        known("model", self.model, SIZES)
-        known("attention", self.attention, ATTENTIONS | VARIANTS)
-        known("task", self.task, DENSE)
-        known("augment", self.augment, DENSE_AUGMENTATIONS if DENSE[self.task] else AUGMENTATIONS)
-        if DENSE[self.task] and (self.mix or self.label_smoothing or self.class_depth != 0):
-            raise ValueError(
-                f"got mix={self.mix}, label_smoothing={self.label_smoothing}, class_depth={self.class_depth} for "
-                f"{self.task}, expected 0 for all three: they are for one label an image; leave them out"
-            )
-        if self.attention == "none" and self.class_depth != 0:
-            raise ValueError(
-                "got attention 'none' with a class token, which would see no image: set class_depth to 0, the "
-                "mean over the tokens"
-            )
+        for option in fields(self):
+            setattr(self, option.name, _typed(option, getattr(self, option.name)))
+        self._check_names()
+        self._check_combinations()
         for names, fits, words in _RANGES:
             for name in names.split():
                 if (value := getattr(self, name)) is not None and not fits(value):
                     raise ValueError(f"got {name}={value}, expected {words}")
+
+    def _check_names(self):
+        known("model", self.model, SIZES)
+        known("attention", self.attention, ATTENTIONS | VARIANTS)
+        known("task", self.task, TASK_DEFAULTS)
+        known(
+            "augment", self.augment, DENSE_AUGMENTATIONS if is_dense(self.task) else AUGMENTATIONS
+        )
+        for name in ("data", "out", "init"):
+            path = getattr(self, name)
+            if path is not None and (not path.strip() or "\0" in path):
+                raise ValueError(
+                    f"got {name}={path!r}, expected the path of a file or folder: name one"
+                )
+        for name in ("data", "out", "init"):
+            if getattr(self, name) is not None:
+                setattr(self, name, os.path.expanduser(getattr(self, name)))
+        if self.device is not None and not re.fullmatch(r"(cpu|cuda|mps|xpu)(:\d+)?", self.device):
+            raise ValueError(
+                f"got device {self.device!r}, expected cpu, cuda, cuda:1, mps or xpu: correct it, "
+                "or leave it out to take a GPU where there is one"
+            )
+
+    def _check_combinations(self):
+        whole_image = (self.mix, self.label_smoothing, self.class_depth)
+        if is_dense(self.task) and whole_image != (0, 0, 0):
+            raise ValueError(
+                f"got mix={self.mix}, label_smoothing={self.label_smoothing}, "
+                f"class_depth={self.class_depth} for {self.task}, expected 0 for all three: they "
+                "are for one label an image; leave them out"
+            )
+        if self.attention == "none" and self.class_depth != 0:
+            raise ValueError(
+                "got attention 'none' with a class token, which would see no image: set "
+                "class_depth to 0, the mean over the tokens"
+            )
 
 
 _RANGES = (
@@ -134,88 +211,111 @@ _RANGES = (
         lambda v: v >= 1,
         "at least 1",
     ),
-    ("batch_size", lambda v: v >= 2, "at least 2: BatchNorm needs more than one image"),
-    ("pyramid", lambda v: v >= 8 and v % 8 == 0, "a multiple of 8"),
-    ("class_depth seed", lambda v: v >= 0, "at least 0"),
+    ("stem_stride", lambda v: v in STRIDES, f"one of {STRIDES}"),
+    ("batch_size micro_batch", lambda v: v >= 2, "at least 2: BatchNorm needs more than one image"),
+    ("pyramid", lambda v: v >= 8 and v % 8 == 0, "a multiple of 8, at least 8"),
+    ("class_depth", lambda v: v >= 0, "at least 0"),
+    ("seed", lambda v: 0 <= v < 2**31, "a number from 0 to 2,147,483,647"),
     ("lr", lambda v: 0 < v < math.inf, "a positive number"),
     ("final_lr warmup weight_decay", lambda v: 0 <= v < math.inf, "a number of at least 0"),
     ("label_smoothing drop_path ema", lambda v: 0 <= v < 1, "a number from 0 to below 1"),
     ("mix", lambda v: 0 <= v <= 1, "a number from 0 to 1"),
 )
-
-
-RECIPES = {  # what a set wants instead of Config's defaults; for dense tasks, on top of DENSE
-    "shapes": dict(
-        model="xvit_pico",
-        epochs=3,
-        batch_size=128,
-        lr=2e-3,
-        warmup=1,
-        label_smoothing=0.0,
-        augment="flip",
-        mix=0.0,
-        drop_path=0.0,
-        ema=0.98,
-    ),
-    "imagenette": dict(stem_stride=8, augment="crop+randaugment", batch_size=128),
-    "segmentation shapes": dict(
-        model="xvit_pico", epochs=3, batch_size=16, lr=2e-3, warmup=1, augment="flip", ema=0.98
-    ),
-    "detection shapes": dict(
-        model="xvit_pico", epochs=4, batch_size=16, lr=2e-3, warmup=1, augment="flip", ema=0.98
-    ),
+_TYPES = {  # what is taken for each type of an option, and how it is called
+    bool: (bool, "True or False"),
+    int: (Integral, "a whole number"),
+    float: (Real, "a number"),
+    str: ((str, os.PathLike), "text"),
 }
 
 
+def _typed(option, value):
+    """The value of an option as its own type: NumPy's numbers and paths become what a record can
+    hold."""
+    kinds = get_args(option.type) or (option.type,)  # (int, NoneType) of int | None
+    if value is None and type(None) in kinds:
+        return None
+    taken, words = _TYPES[kinds[0]]
+    if not isinstance(value, taken) or isinstance(value, bool) and kinds[0] is not bool:
+        raise ValueError(f"got {option.name}={value!r}, expected {words}")
+    return kinds[0](value)
+
+
 def recipe(data="shapes", task="classification", **changes):
-    """The Config for a data set and a task: its recipe, a folder of their names under runs/, and `changes` on top."""
-    words = [Path(data).name, task] if DENSE.get(task) else [Path(data).name]
-    usual = {
-        **DENSE.get(task, {}),
-        **RECIPES.get(f"{task} {data}" if DENSE.get(task) else data, {}),
-    }
-    return Config(
-        **{**usual, "data": data, "task": task, "out": f"runs/{'-'.join(words)}", **changes}
-    )
+    """The Config for a data set and a task: its recipe, a folder of their names under runs/, and
+    `changes` on top."""
+    name = Path(data).expanduser().resolve().name or "data"  # of "." as well
+    usual = {**TASK_DEFAULTS.get(task, {}), **RECIPES.get((task, data), {})}
+    out = f"runs/{name}-{task}" if is_dense(task) else f"runs/{name}"
+    return Config(**{**usual, "data": data, "task": task, "out": out, **changes})
+
+
+def settle(config, train_set):
+    """(Config, lines): every number that the training set decides filled in, and what was chosen
+    and why.
+
+    What is given stays. Else, for n pictures of H x W pixels:
+    - stem_stride: the model's own (segmentation: 4, detection: 8), doubled until a picture has at
+      most 400 tokens (16,384 for dense tasks), or it is 16;
+    - batch_size: 512 (8 for dense tasks), halved until an epoch has at least 20 steps or a step
+      only 4 pictures;
+    - lr: 1e-3, for a batch of B < 128 (8 for dense tasks) 1e-3 * sqrt(B / 128), as the noise of
+      AdamW's gradient wants (Malladi et al., arXiv:2205.10287);
+    - warmup: a tenth of the epochs;
+    - ema: 1 - 20 / steps of the run, so that the averaged weights are a twentieth of the run old.
+    """
+    bounds, n = CHOICES[config.task], len(train_set)
+    height, width = train_set.images.shape[-2:]
+    chosen, lines = {}, []
+
+    def choose(name, value, reason):
+        if (given := getattr(config, name)) is not None:
+            return given
+        chosen[name] = value
+        lines.append(f"chosen: --{name.replace('_', '-')} {value:g}, because {reason}")
+        return value
+
+    usual = stride = bounds["stride"] or SIZES[config.model].get("stem_stride", 16)
+    while stride < 16 and tokens(height, width, stride) > bounds["most_tokens"]:
+        stride *= 2
+    reason = f"{height} x {width} pixels are then {tokens(height, width, stride):,} tokens"
+    if stride > usual:
+        reason += f", and {tokens(height, width, usual):,} at the usual {usual}"
+    choose("stem_stride", stride, reason)
+
+    batch = bounds["most_pictures"]
+    while batch > 4 and n < STEPS * batch:
+        batch //= 2
+    reason = f"an epoch of {n:,} pictures then has {-(-n // batch):,} steps"
+    batch = choose("batch_size", batch, reason)
+
+    rate, full = 1e-3, bounds["full_rate"]
+    reason = f"a step averages {batch} pictures"
+    if batch < full:
+        rate = round(rate * (batch / full) ** 0.5, 6)
+        reason += f", and 1e-3 is for {full} and more"
+    choose("lr", rate, reason)
+
+    choose("warmup", config.epochs / 10, f"it is a tenth of {config.epochs} epochs")
+    steps = config.epochs * -(-n // batch)
+    decay = round(max(0.0, 1 - 20 / steps), 6)
+    choose("ema", decay, f"the weights are then averaged over a twentieth of {steps:,} steps")
+    return replace(config, **chosen), lines
+
+
+def tokens(height, width, stride):
+    """How many tokens of stride x stride pixels cover an image."""
+    return -(-height // stride) * -(-width // stride)
 
 
 def build(config, num_classes, img_size):
-    """The XViT that a Config describes, for images of img_size pixels, a side or (height, width)."""
-    sizes = {
-        k: getattr(config, k) for k in ("dim", "depth", "num_heads", "stem_stride", "class_depth")
-    }
-    changes = {k: v for k, v in sizes.items() if v is not None}
-    return XViT(
-        **{
-            **SIZES[config.model],
-            **changes,
-            "num_classes": num_classes,
-            "img_size": img_size,
-            "attention": (ATTENTIONS | VARIANTS)[config.attention],
-            "lpi": config.lpi,
-            "drop_path": config.drop_path,
-        }
-    )
-
-
-def parameter_groups(model, weight_decay):
-    """Weight decay for the weights of linear maps and convolutions; none for norms, biases, γ, τ, positions, class token."""
-    decays = {True: [], False: []}
-    for name, parameter in model.named_parameters():
-        decays[name.endswith("weight") and parameter.ndim >= 2].append(parameter)
-    return [
-        {"params": decays[True], "weight_decay": weight_decay},
-        {"params": decays[False], "weight_decay": 0.0},
-    ]
-
-
-def learning_rate(step, config, steps):
-    """The learning rate of a step: a linear warm-up, then a cosine to `final_lr`; `steps` is the length of an epoch."""
-    warm, total = steps * min(config.warmup, config.epochs / 5), steps * config.epochs
-    if step < warm:
-        return config.lr * (step + 1) / (warm + 1)
-    done = (step - warm) / max(1, total - warm)
-    return config.final_lr + (config.lr - config.final_lr) * (1 + math.cos(math.pi * done)) / 2
+    """The XViT that a Config describes, for images of img_size: a side, or (height, width)."""
+    names = ("dim", "depth", "num_heads", "stem_stride", "class_depth")
+    changes = {name: getattr(config, name) for name in names}
+    given = {name: value for name, value in changes.items() if value is not None}
+    whole = {**SIZES[config.model], **given, "num_classes": num_classes, "img_size": img_size}
+    attention = (ATTENTIONS | VARIANTS)[config.attention]
+    return XViT(**whole, attention=attention, lpi=config.lpi, drop_path=config.drop_path)
 
 
 def known(what, name, names):
@@ -226,73 +326,3 @@ def known(what, name, names):
             f"got {what} {name!r}, expected one of {', '.join(names)} (the nearest is {near!r})"
         )
     return name
-
-
-def parse(arguments=None):
-    """The Config that a command line asks for. Ends the program for --help, and for a mistake with a line that says it."""
-    parser = argparse.ArgumentParser(
-        prog="python -m xvit_minimal.train",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-        usage="%(prog)s [--data NAME] [--model NAME] [--epochs N] [--out FOLDER] [more options]",
-        description=_DESCRIPTION,
-        epilog=_EPILOG,
-    )
-    flags = {option.name: "--" + option.name.replace("_", "-") for option in fields(Config)}
-    for option in fields(Config):
-        kind = (get_args(option.type) or [option.type])[0]  # int of int | None
-        how = (
-            {"action": argparse.BooleanOptionalAction}
-            if kind is bool
-            else {"type": kind, "metavar": kind.__name__}
-        )
-        shown = "" if option.default is None else f" [{option.default}"
-        if option.name in RECIPES["shapes"]:
-            shown += f"; shapes: {RECIPES['shapes'][option.name]}"
-        text = (option.metadata["help"] + (shown and shown + "]")).replace("%", "%%")
-        parser.add_argument(flags[option.name], default=argparse.SUPPRESS, help=text, **how)
-    given, unknown = parser.parse_known_args(arguments)
-    if unknown:
-        near = difflib.get_close_matches(unknown[0], flags.values(), n=1, cutoff=0)[0]
-        parser.error(
-            f"got {unknown[0]}, expected an option of this program (the nearest is {near}): --help explains every one"
-        )
-    try:
-        return recipe(**vars(given))
-    except ValueError as error:
-        parser.error(f"{error}: --help explains every one")
-
-
-def command(config):
-    """The shortest command line that makes this Config again."""
-    usual = recipe(config.data, config.task)
-    words = ["python", "-m", "xvit_minimal.train"]
-    words += (["--task", config.task] if DENSE[config.task] else []) + ["--data", config.data]
-    for option in fields(Config):
-        value = getattr(config, option.name)
-        if option.name not in ("data", "task") and value != getattr(usual, option.name):
-            flag = option.name.replace("_", "-")
-            words += (
-                [f"--{flag}" if value else f"--no-{flag}"]
-                if isinstance(value, bool)
-                else [f"--{flag}", str(value)]
-            )
-    return shlex.join(words)
-
-
-_DESCRIPTION = """Train an X-ViT, or the same body with another attention, and record how it went.
-
-Without any option a small model learns drawn shapes, in about a minute on a laptop. Start a command again after it was
-stopped, by Ctrl-C or by force, and the run goes on where its last checkpoint stands."""
-
-_EPILOG = """examples:
-  python -m xvit_minimal.train
-  python -m xvit_minimal.train --data cifar10 --model xvit_nano --epochs 100 --out runs/cifar10
-  python -m xvit_minimal.train --data cifar10 --limit 10000 --augment shift --stem-stride 4 --attention softmax --out runs/softmax
-  python -m xvit_minimal.train --task segmentation --data camvid --size 480 --out runs/camvid
-  python -m xvit_minimal.train --task detection --data bccd --epochs 200 --out runs/bccd
-  python -m xvit_minimal.train --data path/to/folder --size 128 --stem-stride 8 --out runs/mine   # train/CLASS/*, test/CLASS/*
-  torchrun --nproc-per-node 8 -m xvit_minimal.train --data cifar10 --out runs/cifar10
-
-data are looked for in the folder that XVIT_DATA names, then in data/, then downloaded to data/
-in --out: weights.safetensors (read by load_model), record.json (how and how well), checkpoint.pt (to go on)"""

@@ -1,9 +1,11 @@
-"""What a run leaves behind: files written whole, checkpoints that are read without running code, and where a number came from."""
+"""What a run leaves behind: files written whole, checkpoints that are read without running code,
+and where a number came from."""
 
 import contextlib
+import hashlib
+import io
 import os
 import platform
-import random
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +18,8 @@ import torchvision
 def write(path, content, keep=None):
     """Write bytes to a file, whole or not at all; what stood there before becomes the file `keep`.
 
-    Raises OSError if the disk is full or the folder cannot be written; the old file is then as it was.
+    Raises OSError if the disk is full or the folder cannot be written; the old file is then as it
+    was.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -26,7 +29,7 @@ def write(path, content, keep=None):
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-    except OSError:
+    except BaseException:  # Ctrl-C as well
         with contextlib.suppress(OSError):
             part.unlink()
         raise
@@ -35,47 +38,91 @@ def write(path, content, keep=None):
     part.replace(path)
 
 
+def checkpoint_bytes(state):
+    """What torch.save writes of a dictionary, and 32 bytes more: its SHA-256, as torch.load would
+    not notice a byte that has changed."""
+    torch.save(state, buffer := io.BytesIO())
+    content = buffer.getvalue()
+    return content + hashlib.sha256(content).digest()
+
+
 def read_checkpoint(path, keys):
-    """The dictionary in a file of torch.save. Raises ValueError if the file is damaged, has other keys than `keys`, or
-    holds anything but tensors, numbers, text and containers of them: a pickle that would run code is never run."""
+    """The dictionary in a file of `checkpoint_bytes`. Raises ValueError if the file is damaged, has
+    other keys than `keys`, or holds anything but tensors, numbers, text and containers of them: a
+    pickle that would run code is never run."""
+    content = Path(path).read_bytes()
+    whole = hashlib.sha256(content[:-32]).digest() == content[-32:]
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        buffer = io.BytesIO(content[:-32] if whole else content)
+        state = torch.load(buffer, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises whatever a broken file provokes
         raise ValueError(
             f"refused {path}: damaged, or no checkpoint ({type(error).__name__})"
         ) from error
-    if not isinstance(state, dict) or set(state) != set(keys):
+    if not isinstance(state, dict) or not {"model", "optimizer"} <= set(state):
         raise ValueError(f"refused {path}: no checkpoint of this program")
+    if set(state) != set(keys):
+        raise ValueError(
+            f"refused {path}: written by another version of this package, which alone can go on "
+            "with it"
+        )
+    if not whole:
+        raise ValueError(f"refused {path}: damaged (its checksum is another)")
     return state
 
 
-def random_state():
-    """The state of every random number generator (torch's, each GPU's, NumPy's, Python's), as tensors and numbers."""
-    name, numbers, *rest = np.random.get_state()
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        "numpy": [name, numbers.tolist(), *rest],
-        "python": random.getstate(),
-    }
+@contextlib.contextmanager
+def lock(folder):
+    """Makes a folder, and keeps every other process that asks for its lock out until the end.
+
+    The system gives the lock back when the process ends, however it does; so none is ever stale.
+    Raises ValueError if another process has it, OSError if the folder cannot be written. (Windows
+    has no such locks: start a command only once there.)
+    """
+    path = Path(folder) / "run.lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if sys.platform == "win32":
+        yield
+        return
+    file = _locked(path)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            path.unlink()  # while it is still locked: nobody else's is taken away
+        file.close()
 
 
-def set_random_state(state):
-    """Put every generator back to where `random_state` found it."""
-    torch.set_rng_state(state["torch"])
-    if state["cuda"]:
-        torch.cuda.set_rng_state_all(state["cuda"])
-    np.random.set_state(tuple(state["numpy"]))
-    random.setstate(state["python"])
+def _locked(path):
+    import fcntl  # not there on Windows
+
+    while True:
+        file = open(path, "ab")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                return file
+        except FileNotFoundError:
+            pass
+        except BlockingIOError:
+            file.close()
+            raise ValueError(
+                f"another run is using {path.parent}: wait until it has ended, or choose another "
+                "--out"
+            ) from None
+        except OSError as error:
+            print(f"{path}: no lock here ({error.strerror}): start this command only once")
+            return file
+        file.close()  # of a run that has just ended and taken its file away: once more
 
 
 def provenance(device):
-    """{"commit", "versions", "hardware"}: which code ran, on what. The commit is None outside a git checkout, and ends in
-    -dirty if the package has changes that are not committed."""
+    """{"commit", "versions", "hardware"}: which code ran, on what. The commit is None outside a git
+    checkout, and ends in -dirty if the package has changes that are not committed."""
     versions = {
         "python": platform.python_version(),
-        "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
+        "torch": str(torch.__version__),  # TorchVersion is not text to a checkpoint
+        "torchvision": str(torchvision.__version__),
         "numpy": np.__version__,
     }
     gpu = driver = None
@@ -95,7 +142,8 @@ def provenance(device):
 
 
 def peak_memory(device):
-    """Bytes at the peak: of the GPU's memory that PyTorch held, or of the whole process on a CPU (None on Windows)."""
+    """Bytes at the peak: of the GPU's memory that PyTorch held, or of the whole process on a CPU
+    (None on Windows)."""
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated()
     if sys.platform == "win32":

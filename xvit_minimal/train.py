@@ -1,308 +1,195 @@
 """Train an X-ViT, or the same body with another attention.
 
-    python -m xvit_minimal.train                                      # drawn shapes, about a minute on a laptop
+    python -m xvit_minimal.train                           # drawn shapes, a minute on a laptop
     python -m xvit_minimal.train --data cifar10 --model xvit_nano --epochs 100 --out runs/cifar10
-    python -m xvit_minimal.train --task segmentation                  # or detection, of the same shapes
-    torchrun --nproc-per-node 8 -m xvit_minimal.train ...             # the same command on eight GPUs
+    python -m xvit_minimal.train --task segmentation       # or detection, of the same shapes
+    torchrun --nproc-per-node 8 -m xvit_minimal.train ...  # the same command on eight GPUs
 
 A run leaves in its folder:
     weights.safetensors   the averaged weights after the last whole epoch; load_model() reads them
-    record.json           command, configuration, commit, versions, hardware, every epoch's figures, results
+    record.json           command, configuration, commit, versions, hardware, figures, results
     checkpoint.pt         everything needed to go on: start the same command again, and it does
 """
 
 import contextlib
-import io
-import json
 import os
-import random
 import signal
 import sys
 import threading
 import time
 from dataclasses import asdict, replace
-from datetime import datetime, timezone
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
-from safetensors.torch import save as to_safetensors
-from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from tqdm import tqdm
 
-from .dense import transfer
-from .distributed import rank, synchronize_batch_norms, total, world
-from .model import XViT
-from .recipe import Config, command, learning_rate, parameter_groups, parse
-from .record import peak_memory, provenance, random_state, read_checkpoint, set_random_state, write
-from .tasks import TASKS
+from .command_line import command, parse
+from .distributed import rank, world
+from .recipe import settle
+from .record import lock, peak_memory, provenance
+from .resume import agreed, fingerprints, last_checkpoint
+from .run import Run
+from .tasks import TASKS, describe
+from .weights import load_model
 
-
-class Run:
-    """A training run in the folder `config.out`: the two ImageSets and everything that changes while a model trains."""
-
-    KEYS = (
-        "model",
-        "ema",
-        "optimizer",
-        "schedule",
-        "config",
-        "step",
-        "seconds",
-        "peak",
-        "started",
-        "history",
-        "processes",
-    )
-
-    def __init__(self, config, train_set, test_set, device):
-        self.config, self.device, self.train_set, self.test_set = (
-            config,
-            device,
-            train_set,
-            test_set,
-        )
-        self.steps = max(
-            1, len(train_set) // config.batch_size
-        )  # of an epoch; a last, smaller batch is left out
-        height, width = train_set.images.shape[-2:]
-        self.size = width if width == height else (height, width)
-        self.task = TASKS[config.task](config, train_set)
-        torch.manual_seed(config.seed)  # the same first weights in every process
-        self.model = self.task.model(config, len(train_set.classes), self.size).to(device)
-        if config.init and not self._path("checkpoint.pt").exists():
-            start_from(self.model, config.init)
-        if dist.is_initialized():
-            synchronize_batch_norms(self.model)
-        self.ema = AveragedModel(
-            self.model, multi_avg_fn=get_ema_multi_avg_fn(config.ema), use_buffers=True
-        )
-        self.optimizer = torch.optim.AdamW(
-            parameter_groups(self.model, config.weight_decay), lr=1.0
-        )
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(
-            self.optimizer, lambda n: learning_rate(n, config, self.steps)
-        )
-        self.net = DistributedDataParallel(self.model) if dist.is_initialized() else self.model
-        if config.compile:
-            self.net = torch.compile(self.net)
-        self.step, self.seconds, self.peak, self.history = 0, 0.0, 0, []
-        self.started = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        self.loss = torch.zeros((), device=device)  # the sum over the steps of this epoch
-        for seed in (
-            random.seed,
-            np.random.seed,
-            torch.manual_seed,
-        ):  # from here on each process draws its own numbers
-            seed(config.seed + rank())
-
-    @property
-    def epoch(self):
-        """How many epochs are done."""
-        return self.step // self.steps
-
-    def batches(self):
-        """The index tensors of the steps that are left in this epoch, the part of each that belongs to this process."""
-        shuffle = torch.Generator().manual_seed(
-            self.config.seed * 1_000_003 + self.epoch
-        )  # so no order has to be saved
-        order = torch.randperm(len(self.train_set), generator=shuffle).split(
-            self.config.batch_size
-        )[: self.steps]
-        return [index[rank() :: world()] for index in order[self.step % self.steps :]]
-
-    def train_step(self, index):
-        """One step of the optimizer on the training images `index`."""
-        loss = self.task.loss(self.net, self.train_set, index, self.epoch, self.device)
-        self.optimizer.zero_grad()
-        loss.backward()
-        self.optimizer.step()
-        self.schedule.step()
-        self.ema.update_parameters(self.model)
-        self.loss += loss.detach()
-        self.step += 1
-
-    def state_dict(self):
-        """All that a checkpoint holds, as tensors, numbers and text, which can be read without running code."""
-        mine = {"random": random_state(), "loss": self.loss.item()}
-        processes = [mine] * world()
-        if dist.is_initialized():
-            dist.all_gather_object(processes, mine)
-        parts = {
-            name: getattr(self, name).state_dict()
-            for name in ("model", "ema", "optimizer", "schedule")
-        }
-        numbers = {
-            name: getattr(self, name) for name in ("step", "seconds", "peak", "started", "history")
-        }
-        return {**parts, **numbers, "config": asdict(self.config), "processes": processes}
-
-    def load_state_dict(self, state):
-        """Raises ValueError if the state is that of another configuration, or of another number of processes."""
-        mine = asdict(self.config)
-        changed = [
-            f"--{key} is {state['config'].get(key)!r} there and {value!r} here"
-            for key, value in mine.items()
-            if key not in ("out", "device") and state["config"].get(key) != value
-        ]
-        if len(state["processes"]) != world():
-            changed.append(f"{len(state['processes'])} processes there and {world()} here")
-        if changed:
-            raise ValueError(
-                f"{self.config.out} holds another run ({'; '.join(changed)}): give that run's own command to go "
-                "on with it, or choose another --out"
-            )
-        for name in ("model", "ema", "optimizer", "schedule"):
-            getattr(self, name).load_state_dict(state[name])
-        for name in ("step", "seconds", "peak", "started", "history"):
-            setattr(self, name, state[name])
-        self.loss.fill_(state["processes"][rank()]["loss"])
-        set_random_state(state["processes"][rank()]["random"])
-
-    def check(self):
-        """Raises FloatingPointError if the loss or a weight is not finite."""
-        bad = (
-            "the loss"
-            if not self.loss.isfinite()
-            else next(
-                (name for name, p in self.model.named_parameters() if not p.isfinite().all()), None
-            )
-        )
-        if bad:
-            raise FloatingPointError(
-                f"{bad} is not finite after step {self.step}: lower --lr or lengthen --warmup, and choose "
-                f"another --out; the last good state stays in {self.config.out}"
-            )
-
-    def save(self):
-        """Write checkpoint.pt, whole or not at all, and keep the one before it; nothing if a number is not finite."""
-        self.check()
-        self.peak = max(self.peak, peak_memory(self.device) or 0)
-        state = self.state_dict()
-        if rank() == 0:
-            torch.save(state, buffer := io.BytesIO())
-            write(
-                self._path("checkpoint.pt"),
-                buffer.getbuffer(),
-                keep=self._path("checkpoint.previous.pt"),
-            )
-
-    def resume(self):
-        """Go on from the last checkpoint that can be read; one that cannot is refused, and put aside."""
-        refused = None
-        for path in (self._path("checkpoint.pt"), self._path("checkpoint.previous.pt")):
-            if not path.exists():
-                continue
-            try:
-                state = read_checkpoint(path, self.KEYS)
-            except ValueError as error:
-                refused = refused or error
-                continue
-            self.load_state_dict(state)
-            if dist.is_initialized():
-                dist.barrier()  # the others have read, too
-            if refused and rank() == 0:
-                self._path("checkpoint.pt").replace(self._path("checkpoint.refused.pt"))
-                print(f"{refused}; put aside as checkpoint.refused.pt")
-            return print(f"going on after step {self.step}, from {path}") if rank() == 0 else None
-        if refused:
-            raise ValueError(f"{refused}: move it away to start anew, or choose another --out")
-
-    def finish_epoch(self, record):
-        """Evaluate the averaged weights, then write weights.safetensors, record.json and a checkpoint, in this order."""
-        self.check()
-        config, train_loss = self.config, total(self.loss).item() / world() / self.steps
-        row = {
-            "epoch": self.epoch,
-            "lr": self.schedule.get_last_lr()[0],
-            "train_loss": train_loss,
-            "seconds": self.seconds,
-        }
-        if self.epoch % config.eval_epochs == 0 or self.epoch == config.epochs:
-            row |= {
-                f"test_{key}": value
-                for key, value in self.task.evaluate(
-                    self.ema.module, self.test_set, config.amp
-                ).items()
-            }
-        self.history.append(row)
-        if rank() == 0:
-            score = f"test_{self.task.score}"
-            tested = f"  {score.replace('_', ' ')} {row[score]:.3f}" if score in row else ""
-            print(
-                f"epoch {self.epoch}/{config.epochs}  {self.seconds:.0f} s  train loss {train_loss:.3f}{tested}",
-                flush=True,
-            )
-            kept = {
-                key: value for key, value in asdict(config).items() if key not in ("out", "device")
-            }  # the same anywhere
-            about = json.dumps(
-                {"config": kept, "classes": self.train_set.classes, "size": self.size}
-            )
-            weights = {
-                name: tensor.contiguous() for name, tensor in self.ema.module.state_dict().items()
-            }
-            write(self._path("weights.safetensors"), to_safetensors(weights, {"about": about}))
-            last = next(
-                (
-                    {k: v for k, v in r.items() if k.startswith(("epoch", "test"))}
-                    for r in reversed(self.history)
-                    if score in r
-                ),
-                {"epoch": 0},
-            )
-            record = {
-                **record,
-                "wall_seconds": self.seconds,
-                "peak_memory_bytes": self.peak,
-                "epochs": self.history,
-                "results": [last],
-            }
-            write(
-                self._path("record.json"),
-                json.dumps(record, indent=1, allow_nan=False).encode() + b"\n",
-            )
-        self.loss.zero_()
-        self.save()
-
-    def _path(self, name):
-        return Path(self.config.out) / name
+__all__ = ["Run", "load_model", "main", "train"]
 
 
 def train(config):
-    """Train the model that a Config describes, or go on with its run in the folder `config.out`; returns the record.
+    """Train the model that a Config describes, or go on with its run in the folder `config.out`;
+    returns the record.
 
-    It seeds every global random number generator. Ctrl-C ends it after the step with a checkpoint and KeyboardInterrupt.
-    Raises ValueError for input that does not fit, FloatingPointError if a number is no longer finite, OSError if a file
+    It trains on "train", scores epochs on "val", and looks at "test" once, when the run ends. A run
+    that has ended goes on if `epochs` has grown: from the step that it reached, at the rate that
+    the longer run has there. It seeds torch's global generators. Ctrl-C, or a signal to end, ends
+    it with a checkpoint and KeyboardInterrupt, before the next micro-batch. Raises ValueError for
+    input that does not fit, FloatingPointError if a number is no longer finite, OSError if a file
     cannot be written; the last good checkpoint stays in each case.
     """
     device = _start(config)
-    gpu = device.type == "cuda"
-    wanted, config = (
-        config,
-        replace(
-            config,
-            device=device.type,
-            compile=gpu if config.compile is None else config.compile,
-            amp=gpu and torch.cuda.is_bf16_supported() if config.amp is None else config.amp,
-        ),
-    )
+    TASKS[config.task].check(config)
+    with _signals(signal.default_int_handler), _alone(config.out):
+        state, path = last_checkpoint(config.out, Run.KEYS)
+        if state is None and config.init:
+            load_model(config.init)  # refused now, and not after the data are loaded
+        sets = load_sets(config)
+        if state is None:
+            chosen, lines = settle(config, sets["train"])
+            chosen = replace(chosen, amp=_amp(device) if chosen.amp is None else chosen.amp)
+        else:
+            chosen = agreed(state, config, fingerprints(config, sets))
+            lines = [f"going on after step {state['step']}, from {path}"]
+        compiled = device.type == "cuda" if chosen.compile is None else chosen.compile
+        chosen = replace(chosen, device=device.type, compile=compiled)
+        if rank() == 0:
+            print(*lines, sep="\n", end="\n" if lines else "", flush=True)
+        check_parts(chosen, sets)
+        sets = {name: images.to(device) for name, images in sets.items()}
+        run = Run(chosen, sets, device, config, about(config, chosen, sets, device), state)
+        if state is None:
+            run.save()  # a folder that cannot be written is found out now, and not after an epoch
+        go_on(run)
+        return run.record()
+
+
+def go_on(run):
+    """Train a run to its end. Raises KeyboardInterrupt, with a checkpoint, when it is asked to
+    stop."""
+    if len(run.history) == run.config.epochs:
+        for name in run.write_results():
+            print(f"{name} was not as this run had left it: made again from its checkpoint")
+    watch = Watch(run)
+    while len(run.history) < run.config.epochs:
+        if run.step < run.steps * (len(run.history) + 1):
+            train_epoch(run, watch)
+        run.finish_epoch()
+
+
+def train_epoch(run, watch):
+    """The steps that are left in an epoch, with checkpoints on the way."""
+    from tqdm import tqdm  # asked for in the task's check
+
+    quiet = True if rank() else None  # None: where no terminal shows it
+    steps = tqdm(run.batches(), f"epoch {run.epoch + 1}", leave=False, disable=quiet)
+    run.net.train()
+    asked = []
+    with _signals(lambda number, frame: asked.append(number), once=True):
+        for index in steps:
+            with watch:
+                run.train_step(index, asked)
+            if (words := watch.forecast()) and not rank():
+                steps.write(words)
+            if asked:
+                break
+            if run.step % 50 == 0:
+                run.check()
+            if run.step % run.config.save_steps == 0 and run.step % run.steps:
+                run.save()  # the last step's follows in finish_epoch
+        if asked:
+            steps.close()
+            run.save()
+            raise KeyboardInterrupt
+
+
+class Watch:
+    """Adds up the seconds of a run's steps; `first` holds those of its first four here."""
+
+    def __init__(self, run):
+        self.run, self.first, self.told = run, [], False
+
+    def __enter__(self):
+        self.begun = time.perf_counter()
+
+    def __exit__(self, *error):
+        early = len(self.first) < 4
+        if early and self.run.device.type == "cuda":
+            torch.cuda.synchronize()  # a GPU works on after its orders are given
+        taken = time.perf_counter() - self.begun
+        self.run.seconds += taken
+        if early:
+            self.first.append(taken)
+
+    def forecast(self):
+        """What the run will take, in words; once, after the fourth step, otherwise None."""
+        if self.told or len(self.first) < 4:
+            return None
+        self.told = True
+        return estimate(self.run, min(self.first))
+
+
+def estimate(run, seconds):
+    """What a run will take, in words, from the seconds of a step. A score costs about a third of a
+    step for each picture: a forward pass of three passes."""
+    left = run.steps * run.config.epochs - run.step
+    pictures = len(run.sets["test"])
+    if "val" in run.sets:
+        looks = (run.config.epochs - len(run.history)) / run.config.eval_epochs
+        pictures += looks * len(run.sets["val"])
+    per_picture = seconds / min(run.config.batch_size, len(run.train_set))
+    total = left * seconds + pictures * per_picture / 3
+    unit, size = next(u for u in UNITS if total >= u[1] or u is UNITS[-1])
+    memory = peak_memory(run.device)
+    words = f"the {left:,} steps that are left take about {total / size:.1f} {unit}"
+    return words + (f" and {memory / 1e9:.1f} GB" if memory else "")
+
+
+UNITS = (("days", 86_400), ("hours", 3600), ("minutes", 60), ("seconds", 1))
+
+
+def load_sets(config):
+    """{"train", "test", and with a holdout "val"}: the ImageSets of a run. The first process alone
+    downloads."""
+    load = TASKS[config.task].load
     if rank():
-        dist.barrier()  # the first process alone downloads
-    train_set = TASKS[config.task].load(config, "train", config.limit)
-    test_set = TASKS[config.task].load(config, "test", None)
+        dist.barrier()
+    sets = {"train": load(config, "train" if config.holdout else "train+val", config.limit)}
+    if config.holdout:
+        sets["val"] = load(config, "val", None)
+    sets["test"] = load(config, "test", None)
     if dist.is_initialized() and not rank():
         dist.barrier()
-    batch = min(config.batch_size, len(train_set))
-    if batch % world() or batch // world() < 2:
+    return sets
+
+
+def check_parts(config, sets):
+    """Raises ValueError if the sets cannot be shared among the processes."""
+    batch = min(config.batch_size, len(sets["train"]))
+    if batch // world() < 2:
         raise ValueError(
-            f"got steps of {batch} images for {world()} processes, expected at least 2 for each, and as many for "
-            "every one: change --batch-size"
+            f"got steps of {batch} pictures for {world()} processes, expected at least 2 for each: "
+            "give more pictures, a larger --batch-size or fewer processes"
         )
-    about = {
+    for name, images in sets.items():
+        if len(images) < world():
+            raise ValueError(
+                f"got {len(images)} pictures in the {name} split for {world()} processes, expected "
+                "one for each at least: add pictures or start fewer processes"
+            )
+
+
+def about(wanted, config, sets, device):
+    """What a record says of a run from its start."""
+    return {
         "kind": "train",
         "command": command(wanted),
         "config": asdict(config),
@@ -310,129 +197,111 @@ def train(config):
         **provenance(device),
         "data": {
             "name": config.data,
-            "copy": f"train: {train_set.copy}; test: {test_set.copy}",
-            "splits": {"train": len(train_set), "test": len(test_set)},
+            "copy": "; ".join(f"{name}: {images.copy}" for name, images in sets.items()),
+            "splits": {name: len(images) for name, images in sets.items()},
         },
     }
-    run = Run(config, train_set.to(device), test_set.to(device), device)
-    run.resume()
-    if run.step == 0:
-        run.save()  # a folder that cannot be written is found out now, and not after an epoch
-    about["parameters"], about["multiply_adds"] = run.task.cost(run.model, run.size)
-    with _interruptible() as asked:
-        while run.epoch < config.epochs:
-            clock, run.net = time.perf_counter(), run.net.train()
-            for index in tqdm(
-                run.batches(),
-                f"epoch {run.epoch + 1}",
-                leave=False,
-                disable=True if rank() else None,
-            ):
-                run.train_step(index)
-                if run.step % 50 == 0:
-                    run.check()
-                if run.step % run.steps and (
-                    asked or run.step % config.save_steps == 0
-                ):  # the last step's follows below
-                    run.seconds, clock = (
-                        run.seconds + time.perf_counter() - clock,
-                        time.perf_counter(),
-                    )
-                    run.save()
-                if asked:
-                    break
-            run.seconds += time.perf_counter() - clock
-            if run.step % run.steps == 0:
-                run.finish_epoch({**about, "started": run.started})
-            if asked:
-                raise KeyboardInterrupt
-    return json.loads((Path(config.out) / "record.json").read_text())
-
-
-def start_from(model, path):
-    """Give a model the stem, positions and blocks of the one in a weights.safetensors file, of whatever task. Raises
-    ValueError if they do not fit."""
-    trained, _ = load_model(path)
-    body, trained = (
-        next(m for m in each.modules() if isinstance(m, XViT)) for each in (model, trained)
-    )
-    try:
-        transfer(body, trained)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-
-
-def load_model(path):
-    """(model, classes): the model in a weights.safetensors file, in evaluation mode, in float32, and its classes' names.
-
-    Raises ValueError if the file is damaged, or is none that a run of this package wrote.
-    """
-    try:
-        with safe_open(path, "pt") as file:
-            weights = {name: file.get_tensor(name) for name in file.keys()}
-            about = json.loads(file.metadata()["about"])
-        config = Config(**about["config"])
-        model = TASKS[config.task].model(config, len(about["classes"]), about["size"])
-        model.load_state_dict(weights)
-    except OSError:
-        raise
-    except Exception as error:  # whatever a file of another kind provokes
-        raise ValueError(
-            f"{path} is no weights.safetensors of a run of this package ({type(error).__name__}: {error})"
-        ) from error
-    return model.eval(), about["classes"]
 
 
 def main():
     """The command line: python -m xvit_minimal.train --help."""
-    config = parse()
+    config = None
     try:
+        config = parse()
         record = train(config)
+        _say(record, config)
     except KeyboardInterrupt:
-        sys.exit(f"\nstopped; the same command goes on from {config.out}/checkpoint.pt")
+        sys.exit(f"\nstopped; {_how_to_go_on(config)}")
+    except BrokenPipeError:
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+        )  # no second complaint at the end
+        sys.exit(f"stopped: nobody reads what this program prints; {_how_to_go_on(config)}")
     except (ValueError, FloatingPointError, OSError) as error:
         sys.exit(f"error: {error}")
-    if rank() == 0:
-        score = TASKS[config.task].score
-        print(
-            f"{score} {record['results'][0]['test_' + score]:.1%} on {record['data']['splits']['test']:,} test images, in {config.out}/record.json"
-        )
-        if config.data == "shapes" and config.task == "classification":
-            print(
-                "next: --attention none --class-depth 0 --no-lpi --out runs/none, to see what is left when no token sees "
-                "another;\n--data cifar10, for real images; --help, for every option"
-            )
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
+def _how_to_go_on(config):
+    if config and (path := Path(config.out) / "checkpoint.pt").exists():
+        return f"the same command goes on from {path}"
+    return "no step was made yet, so the same command starts anew"
+
+
+def _say(record, config):
+    if rank():
+        return
+    scores = {key.removeprefix("test_"): v for key, v in record["results"][0].items()}
+    pictures, name = record["data"]["splits"]["test"], TASKS[config.task].score
+    words = f"{name} not a number" if scores[name] is None else describe(config.task, scores)
+    print(f"{words}, on {pictures:,} test images, in {config.out}/record.json")
+    if config.data == "shapes" and config.task == "classification":
+        print(
+            "next: --attention none --class-depth 0 --no-lpi --out runs/none, to see what is left "
+            "when no token sees another;\n--data cifar10, for real images; --help, for every option"
+        )
+
+
 def _start(config):
-    """The device to train on; under torchrun, which sets RANK, joins the other processes first."""
-    gpu = torch.cuda.is_available() if config.device is None else config.device.startswith("cuda")
+    """The device to train on, tried out; under torchrun, which sets RANK, joins the other processes
+    first. Raises ValueError if there is no such device."""
+    gpu = torch.cuda.is_available()
+    name = config.device or ("cuda" if gpu else "cpu")
+    if name.startswith("cuda") and not gpu:
+        raise ValueError(
+            f"got --device {name}, but torch {torch.__version__} finds no GPU here: leave --device "
+            "out"
+        )
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, NotImplementedError, AssertionError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"got --device {name}, which cannot be used here ({reason:.150}): leave --device out"
+        ) from error
     if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if gpu else "gloo")
-    if gpu and dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if device.type == "cuda" and dist.is_initialized():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    return torch.device("cuda" if config.device is None and gpu else config.device or "cpu")
+    elif device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
+    return device
+
+
+def _amp(device):
+    return device.type == "cuda" and torch.cuda.is_bf16_supported()
 
 
 @contextlib.contextmanager
-def _interruptible():
-    """A list that Ctrl-C or a termination signal fills, so that a step ends before the run does; a second one ends at once."""
-    asked, before = [], {}
+def _alone(folder):
+    """The lock of a run's folder; the first process takes it for all."""
+    with lock(folder) if rank() == 0 else contextlib.nullcontext():
+        yield
 
-    def ask(number, frame):
-        asked.append(number)
-        signal.signal(number, before[number])
+
+@contextlib.contextmanager
+def _signals(handler, once=False):
+    """Ctrl-C, a termination signal and a terminal that closes are for `handler` meanwhile, but for
+    those that are ignored, as under nohup; with `once` a second one is for who had it before."""
+    before = {}
+
+    def handle(number, frame):
+        if once:
+            signal.signal(number, before[number])
+        handler(number, frame)
 
     if threading.current_thread() is threading.main_thread() and not dist.is_initialized():
-        for number in (signal.SIGINT, signal.SIGTERM):
-            before[number] = signal.signal(number, ask)
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # no SIGHUP on Windows
+            number = getattr(signal, name, None)
+            if number and signal.getsignal(number) not in (signal.SIG_IGN, None):
+                before[number] = signal.signal(number, handle)
     try:
-        yield asked
+        yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number, old in before.items():
+            signal.signal(number, old)
 
 
 if __name__ == "__main__":
