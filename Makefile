@@ -1,11 +1,11 @@
-# make book | test | lint | train | bench | notebooks: each sets up what it needs by itself, in .venv, and a second call reuses it.
+# make book | test | lint | train | runs | bench | notebooks: each sets up what it needs by itself, in .venv, and a second call reuses it.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 SITE := _build/html
 
-.PHONY: book test lint train bench notebooks clean
+.PHONY: book test lint runs train bench notebooks clean
 .DELETE_ON_ERROR:
 
 book: $(INSTALLED)  ## build the rendered book from the stored outputs, warnings are errors
@@ -15,7 +15,7 @@ book: $(INSTALLED)  ## build the rendered book from the stored outputs, warnings
 	@echo "Open $(CURDIR)/$(SITE)/index.html"
 
 test: $(INSTALLED)  ## run every notebook, comparing its outputs, and the tests of the package and of the book
-	$(BIN)/python -m pytest --nbval --nbval-current-env --nbval-cell-timeout=300
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest --nbval --nbval-current-env --nbval-cell-timeout=300
 
 lint: $(INSTALLED)  ## formatting and lint, in place where ruff can: make lint FIX=1
 	$(BIN)/ruff format $(if $(FIX),,--check) .
@@ -23,6 +23,10 @@ lint: $(INSTALLED)  ## formatting and lint, in place where ruff can: make lint F
 
 train: $(INSTALLED)  ## train a small model on drawn shapes, about a minute; more with python -m xvit_minimal.train --help
 	$(BIN)/python -m xvit_minimal.train
+
+runs: $(INSTALLED)  ## make the recorded runs that are missing: LIST=1, MINUTES=9, DEVICE=cuda, WORKERS=2
+	$(BIN)/python book/tools/campaign.py $(if $(LIST),--list) $(if $(MINUTES),--minutes $(MINUTES)) \
+	  $(if $(DEVICE),--device $(DEVICE)) $(if $(WORKERS),--workers $(WORKERS))
 
 bench: $(INSTALLED)  ## time the attention against PyTorch's, whole models and dense steps, and write book/runs/bench/
 	$(BIN)/python book/tools/bench.py

@@ -1,27 +1,41 @@
-"""What the tests of the book share: the option --site, and a tiny repository without faults to plant faults in."""
+"""What the tests share: what they skip without, --site, and a tiny repository without faults.
+
+The tests plant faults in it and see whether they are found.
+"""
 
 import copy
+import importlib.util
 import json
+import re
+import tempfile
 from pathlib import Path
 
 import pytest
 
-try:  # the tests of the package need torch and pytest alone
+try:
     import nbformat
     from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 except ModuleNotFoundError:
-    collect_ignore = ["test_book.py", "test_results.py", "test_site.py", "test_sync.py"]
+    pass  # the tests of the book skip themselves; those of the package need torch and pytest alone
 
+# what a test may need beside torch, torchvision and pytest; without it that test is skipped
+OPTIONAL = {"nbformat", "pycocotools", "safetensors", "timm", "torchmetrics", "tqdm"}
+ROOT = Path(__file__).resolve().parent.parent
+PLACES = (ROOT, Path.home(), Path(tempfile.gettempdir()))
+HERE = "|".join(re.escape(f"{place}/") for place in PLACES if len(place.parts) > 1)
+MACHINE_PATH = re.compile(
+    r"(?:(?<![\w.~/-])|(?<=file://))(?:/(?:home|root|tmp|work|Users|var/folders)/|"
+    rf"[A-Za-z]:\\+Users\b|{HERE})"
+)
 CONFIG = "repository:\n  url: https://github.com/-nobody/tiny\n  branch: v1\n"
 TOC = (
     "format: jb-book\nroot: book/index\nparts:\n  - caption: One\n    chapters:\n"
     "      - file: book/part1/01_double\n      - file: book/references\n"
 )
 SETUP = '# Set-up\nPACKAGE = "git+https://github.com/OWNER/REPOSITORY@REF"'
-PACKAGE = (
-    '"""Tiny."""\n\nimport torch\n\n\ndef double(x):\n    """Twice x."""\n    return _times(x, 2)\n\n\n'
-    "def _times(x, n):\n    return n * torch.as_tensor(x)\n"
-)
+DOUBLE = 'def double(x):\n    """Twice x."""\n    return _times(x, 2)'
+TIMES = "def _times(x, n):\n    return n * torch.as_tensor(x)"
+PACKAGE = f'"""Tiny."""\n\nimport torch\n\n\n{DOUBLE}\n\n\n{TIMES}\n'
 BIB = "@article{vaswani2017,\n  title = {Attention},\n  eprint = {1706.03762},\n}\n"
 RECORD = {
     "kind": "train",
@@ -33,13 +47,46 @@ RECORD = {
     "wall_seconds": 1.5,
     "versions": {"python": "3.12.1", "torch": "2.11.0"},
     "hardware": {"cpu": "some", "cores": 2, "gpu": None, "driver": None},
-    "results": [{"accuracy": 0.5}],
+    "results": [{"epoch": 1, "test_top1": 0.5}],
     "data": {"name": "shapes", "copy": "generated", "splits": {"train": 10, "test": 10}},
-    "epochs": [{"loss": 1.0}],
+    "epochs": [{"epoch": 1, "train_loss": 1.0, "val_top1": 0.25}],
     "parameters": 10,
     "multiply_adds": 10,
     "peak_memory_bytes": 10,
 }
+
+
+def missing(error):
+    """The package whose absence made an error, None if there is no such package."""
+    while error is not None:
+        name = (getattr(error, "name", None) or "").partition(".")[0]
+        if isinstance(error, ModuleNotFoundError) and name in OPTIONAL:
+            return name if importlib.util.find_spec(name) is None else None
+        error = error.__cause__ or error.__context__
+    return None
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup(item):
+    try:
+        return (yield)
+    except Exception as error:
+        _skip_without(missing(error))
+        raise
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    try:
+        return (yield)
+    except Exception as error:
+        _skip_without(missing(error))
+        raise
+
+
+def _skip_without(package):
+    if package:
+        pytest.skip(f"needs {package}: pip install {package}")
 
 
 def pytest_addoption(parser):
@@ -68,7 +115,8 @@ def tiny_chapter(setup):
         md("# 1. Double\n\nAfter this chapter you can double a number."),
         code(setup, metadata={"tags": ["hide-cell", "nbval-ignore-output", "setup"]}),
         md(
-            "## Multiply by two\n\nBelow, $x$ is any number. See https://arxiv.org/abs/1706.03762.\n\n"
+            "## Multiply by two\n\n"
+            "Below, $x$ is any number. See https://arxiv.org/abs/1706.03762.\n\n"
             "$$ 2x = x + x $$ (eq-double)\n\nThe code `f{x}` shows (eq-double)."
         ),
         code(
@@ -81,9 +129,7 @@ def tiny_chapter(setup):
             metadata={"mystnb": {"image": {"alt": "A blue line rises to 2."}}},
         ),
         md("## What the package gained"),
-        code(
-            '# xvit_minimal/attention.py\ndef double(x):\n    """Twice x."""\n    return _times(x, 2)'
-        ),
+        code(f"# xvit_minimal/attention.py\n{DOUBLE}"),
         code("print(double(2))", outputs=[new_output("stream", name="stdout", text="4\n")]),
         md("## Summary\n\n- Doubling is adding.\n\n## Exercises"),
         *[
@@ -106,7 +152,9 @@ def tiny_chapter(setup):
 
 @pytest.fixture
 def tree(tmp_path):
-    """A repository with a package of one definition and a book of one chapter, none of them with a fault."""
+    """A repository without a fault: a package of one definition and a book of one chapter."""
+    import nbformat  # its absence skips the test that wants a tree
+
     root = tmp_path / "tree"
     files = {
         "_config.yml": CONFIG,
@@ -132,7 +180,7 @@ def tree(tmp_path):
 
 @pytest.fixture
 def chapter(tree):
-    """A function that changes fields of one cell of the tiny chapter and returns the notebook's path."""
+    """A function that changes fields of one cell of the tiny chapter and returns its path."""
     path = tree / "book/part1/01_double.ipynb"
 
     def change(index, **fields):

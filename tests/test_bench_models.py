@@ -1,22 +1,20 @@
-"""The bench of whole models, on models of a few thousand parameters: what it records, and what it does when memory runs out."""
+"""The bench of whole models: what it records, and what it does when memory runs out.
+
+The models have a few thousand parameters.
+"""
 
 import json
-import sys
 from functools import partial
 
 import pytest
 import torch
 
-pytest.importorskip("nbformat", reason="the tests of the book read notebooks: pip install nbformat")
 pytest.importorskip("timm", reason="timm holds XCiT and DeiT: pip install timm")
-from test_book import ROOT  # noqa: E402
-from test_sync import problems_in_records  # noqa: E402
+import bench
+import bench_models
+from test_records import problems_in_records
 
-sys.path.insert(0, str(ROOT / "book/tools"))
-import bench  # noqa: E402
-import bench_models  # noqa: E402
-
-from xvit_minimal import XViT  # noqa: E402
+from xvit_minimal import XViT
 
 CPU = torch.device("cpu")
 ROW = {
@@ -61,7 +59,7 @@ class Small(XViT):
 
 @pytest.fixture
 def tiny(tmp_path, monkeypatch):
-    """Two small models at two sizes of image; returns the table of models, the folder, and what reads the record."""
+    """Two small models at two sizes of image: (table of models, folder, reader of the record)."""
     models = {"one": Small, bench_models.PEER: partial(Small, depth=3)}
     provenance = bench.provenance
     monkeypatch.setattr(bench_models, "MODELS", models)
@@ -97,32 +95,21 @@ def test_the_record_holds_every_model_at_every_size(tiny, capsys):
         )
         assert r["ratio_min"] <= r["ratio"] <= r["ratio_max"]
         assert r["parameters"] == sum(p.numel() for p in models[r["model"]](r["side"]).parameters())
-        stem = (
-            r["batch"] * 2 * (r["side"] // 2) ** 2 * 4
-        )  # the first of its results, of 16 / 8 channels, is one that it holds
+        # the stem's first result, of 16 / 8 channels, is one that the model holds
+        stem = r["batch"] * 2 * (r["side"] // 2) ** 2 * 4
         assert r["peak_bytes"] >= stem
         assert r["ratio"] == 1 if r["model"] == bench_models.PEER else r["ratio"] > 0
         assert f"{r['images_per_second']:.1f}" in printed
 
 
 def test_a_ratio_is_taken_within_a_round(tiny, monkeypatch):
-    monkeypatch.setattr(
-        bench_models,
-        "in_turn",
-        lambda functions, arguments, backward, rounds: {
-            "one": [1.0, 2.0, 6.0],
-            bench_models.PEER: [2.0, 6.0, 6.0],
-        },
-    )  # seconds of a call
+    seconds = {"one": [1.0, 2.0, 6.0], bench_models.PEER: [2.0, 6.0, 6.0]}  # of a call
+    monkeypatch.setattr(bench_models, "in_turn", lambda *_: seconds)
     one, peer = bench_models.measure(32, 12, False, 3, CPU)
-    assert (
-        one["images_per_second_min"],
-        one["images_per_second"],
-        one["images_per_second_max"],
-    ) == (2, 6, 12)
-    assert (one["ratio_min"], one["ratio"], one["ratio_max"]) == (1, 2, 3) and peer[
-        "ratio_max"
-    ] == 1
+    speeds = [one[f"images_per_second{end}"] for end in ("_min", "", "_max")]
+    assert speeds == [2, 6, 12]
+    assert (one["ratio_min"], one["ratio"], one["ratio_max"]) == (1, 2, 3)
+    assert peer["ratio_max"] == 1
 
 
 @pytest.mark.parametrize("name, others_ratio", [("one", 1), (bench_models.PEER, None)])
@@ -167,9 +154,8 @@ def test_a_run_that_is_cut_short_has_recorded_what_it_did(tiny, monkeypatch):
 def test_quick_records_nothing(tiny, capsys):
     _, folder, _ = tiny
     bench_models.main(["--quick"])
-    assert f"{bench_models.PEER:>24} {32:>5}" in capsys.readouterr().out and not list(
-        folder.rglob("*.json")
-    )
+    assert f"{bench_models.PEER:>24} {32:>5}" in capsys.readouterr().out
+    assert not list(folder.rglob("*.json"))
 
 
 def test_compiled_models_are_the_ones_that_are_measured(tiny, monkeypatch):
@@ -189,7 +175,5 @@ def test_every_model_takes_every_size(name):
     assert set(bench_models.BATCHES["cpu"]) == set(bench_models.BATCHES["cuda"])
     for side in bench_models.BATCHES["cpu"]:
         with torch.device("meta"):  # shapes without numbers
-            assert bench_models.MODELS[name](side).eval()(torch.empty(1, 3, side, side)).shape == (
-                1,
-                1000,
-            )
+            out = bench_models.MODELS[name](side).eval()(torch.empty(1, 3, side, side))
+        assert out.shape == (1, 1000)

@@ -1,19 +1,19 @@
-"""Each chapter by itself, checked without running it: what it claims, stores, shows and how it is built.
+"""Each chapter by itself, checked without running it: its claims, outputs, figures and form.
 
-A check is a function `problems_in_...` that returns one sentence for each fault: where it is and what to do. Below each
-check stand small faults that it has to report. At the end of the file, all checks are put to a chapter without a fault
-(conftest.py) and to the real ones. test_sync.py holds what the chapters share: the package, the contents, the records.
+A check is a function `problems_in_...` that returns one sentence for each fault: where it is and
+what to do. Below each check stand small faults that it has to report. At the end of the file, all
+checks are put to a chapter without a fault (conftest.py) and to the real ones. test_sync.py holds
+what the chapters share: the package, the contents, the records.
 """
 
 import ast
 import re
-import tempfile
-from pathlib import Path
 
-import nbformat
 import pytest
+from conftest import MACHINE_PATH, ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
+nbformat = pytest.importorskip("nbformat", reason="the tests read notebooks: pip install nbformat")
+
 CHAPTERS = sorted(
     p for p in (ROOT / "book").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts
 )
@@ -23,12 +23,6 @@ FLOAT64, LOWER = {"float64", "double"}, {"float", "float32", "float16", "bfloat1
 KNOWN_TAGS = {"setup", "hide-cell", "hide-input", "hide-output", "nbval-ignore-output"}
 MARKER = r"(?m)^\s*#\s*NBVAL_IGNORE_OUTPUT\s*$"
 HEADINGS = ["## What the package gained", "## Summary", "## Exercises", "## Sources"]
-PLACES = (ROOT, Path.home(), Path(tempfile.gettempdir()))
-HERE = "|".join(re.escape(f"{place}/") for place in PLACES if len(place.parts) > 1)
-MACHINE_PATH = re.compile(
-    r"(?:(?<![\w.~/-])|(?<=file://))(?:/(?:home|root|tmp|work|Users|var/folders)/|"
-    rf"[A-Za-z]:\\+Users\b|{HERE})"
-)
 
 
 def read(path):
@@ -49,7 +43,7 @@ def first_line(cell):
 
 
 def nodes(cell):
-    """The nodes of a cell's syntax tree; none for a cell that is no Python, which problems_in_execution reports."""
+    """The nodes of a cell's syntax tree; none if it is not Python (see problems_in_execution)."""
     try:
         return list(ast.walk(ast.parse(cell.source)))
     except SyntaxError:
@@ -96,7 +90,7 @@ def prose(text, keep_math=True):
     return text if keep_math else re.sub(r"(?s)\$\$.*?\$\$|\$[^$\n]+\$", "", text)
 
 
-# ------------------------------------------------------------------------------------------------ equations and checks
+# ----------------------------------------------------------------------------- equations and checks
 
 
 def labels(path):
@@ -123,24 +117,25 @@ def problems_in_equations(path):
         for line in text.splitlines():
             if re.fullmatch(r"\s*\(\s*eq[-_: ][^)]*\)\s*", line) or re.search(r"\(eq[_: ]", line):
                 problems.append(
-                    f"{where(path, i)}: malformed label {line.strip()!r}: write `$$ (eq-name)` on the line "
-                    "that closes the display"
+                    f"{where(path, i)}: malformed label {line.strip()!r}: write `$$ (eq-name)` on "
+                    "the line that closes the display"
                 )
     for i, cell in cells(path, "code"):
-        float64 |= bool(
-            FLOAT64 & names(cell)
-        )  # here or in an earlier cell; NumPy's and Python's numbers have it
+        # here or in an earlier cell; NumPy's and Python's numbers have it
+        float64 |= bool(FLOAT64 & names(cell))
         good = re.fullmatch(rf"# check: ({LABEL})", first_line(cell))
         if len(re.findall(r"(?im)^\s*#+\s*check\s*(?::|\(?eq\b)", cell.source)) > bool(good):
             problems.append(
-                f"{where(path, i)}: malformed check: `# check: eq-name` is a cell's first line, once"
+                f"{where(path, i)}: malformed check: `# check: eq-name` is a cell's first line, "
+                "once"
             )
         if not good:
             continue
         checks.append(good[1])
         if good[1] not in defined:
             problems.append(
-                f"{where(path, i)}: checks {good[1]}, which labels no equation of this chapter: label it"
+                f"{where(path, i)}: checks {good[1]}, which labels no equation of this chapter: "
+                "label it"
             )
         if checks.count(good[1]) > 1:
             problems.append(f"{where(path, i)}: a second check of {good[1]}: make one cell of them")
@@ -151,14 +146,17 @@ def problems_in_equations(path):
         lower = LOWER & {n.attr for n in nodes(cell) if isinstance(n, ast.Attribute)}
         if lower and not FLOAT64 & names(cell) or not float64 and "torch" in names(cell):
             problems.append(
-                f"{where(path, i)}: the check of {good[1]} is not in float64: give its tensors that dtype"
+                f"{where(path, i)}: the check of {good[1]} is not in float64: give its tensors "
+                "that dtype"
             )
         if ignored(cell) or set(cell.metadata.get("tags", [])) & {"nbval-skip", "raises-exception"}:
             problems.append(
-                f"{where(path, i)}: the check of {good[1]} carries a tag that disarms it: take the tag off"
+                f"{where(path, i)}: the check of {good[1]} carries a tag that disarms it: "
+                "take the tag off"
             )
     problems += [
-        f"{where(path, i)}: equation {label} has no check: add a cell that starts with `# check: {label}`"
+        f"{where(path, i)}: equation {label} has no check: add a cell that starts with "
+        f"`# check: {label}`"
         for i, label in labels(path)
         if label not in checks
     ]
@@ -206,7 +204,7 @@ def test_numpy_and_numbers_are_float64(chapter):
     assert problems_in_equations(chapter(3, source=source)) == []
 
 
-# ---------------------------------------------------------------------------------------------------- stored execution
+# --------------------------------------------------------------------------------- stored execution
 
 
 def problems_in_execution(path):
@@ -214,7 +212,8 @@ def problems_in_execution(path):
     if wrong := [(i, c, n) for n, (i, c) in enumerate(code, start=1) if c.execution_count != n]:
         i, cell, n = wrong[0]
         problems.append(
-            f"{where(path, i)} has execution count {cell.execution_count}, not {n}: run the whole notebook"
+            f"{where(path, i)} has execution count {cell.execution_count}, not {n}: "
+            "run the whole notebook"
         )
     for i, cell in code:
         tags, outputs, text = cell.metadata.get("tags", []), cell.outputs, "\n".join(texts(cell))
@@ -253,15 +252,18 @@ def problems_in_execution(path):
     for i, cell in enumerate(read(path).cells):
         if found := MACHINE_PATH.search("\n".join([cell.source, *texts(cell)])):
             problems.append(
-                f"{where(path, i)} names a place on one machine ({found[0]}...): use a relative path"
+                f"{where(path, i)} names a place on one machine ({found[0]}...): "
+                "use a relative path"
             )
     if (share := sum(ignored(c) for _, c in code)) > 0.15 * len(code):
         problems.append(
-            f"{path.name}: nbval ignores {share} of {len(code)} code cells, more than 15%: compare more"
+            f"{path.name}: nbval ignores {share} of {len(code)} code cells, more than 15%: "
+            "compare more"
         )
     if path.stat().st_size > 1_000_000:
         problems.append(
-            f"{path.name}: {path.stat().st_size:,} bytes, more than 1,000,000: make its figures smaller"
+            f"{path.name}: {path.stat().st_size:,} bytes, more than 1,000,000: "
+            "make its figures smaller"
         )
     return problems
 
@@ -309,7 +311,7 @@ def test_fault_in_execution_is_reported(chapter, index, fields, complaint):
     assert complaint in "\n".join(problems_in_execution(chapter(index, **fields)))
 
 
-# --------------------------------------------------------------------------------------------- form, figures, markdown
+# -------------------------------------------------------------------------- form, figures, markdown
 
 
 def problems_in_form(path):
@@ -322,7 +324,8 @@ def problems_in_form(path):
         or not re.match(rf"# {int(number[1])}\. \S", first.source)
     ):
         problems.append(
-            f"{where(path, 0)}: the first line is not `# N. Title` with the number N of the file's name"
+            f"{where(path, 0)}: the first line is not `# N. Title` with the number N of the file's "
+            "name"
         )
     if sum(line.startswith("# ") for line in lines) != 1:
         problems.append(
@@ -346,7 +349,8 @@ def problems_in_form(path):
         )
     if (solved := [k for k, _ in solutions]) != exercises:
         problems.append(
-            f"{path.name}: solutions {solved}: begin one code cell for each exercise with `# Solution k`"
+            f"{path.name}: solutions {solved}: begin one code cell for each exercise with "
+            "`# Solution k`"
         )
     problems += [
         f"{path.name}: solution {k} is not folded: tag its cell hide-cell"
@@ -381,8 +385,8 @@ def problems_in_figures(path):
         empty = re.match(r"(?i)\s*(a |the )?(plot|figure|graph|image) (of|showing)", alt)
         if images(cell) and (len(alt) < 20 or empty):
             problems.append(
-                f"{where(path, i)}: alt text {alt!r}: say in the cell's metadata, mystnb.image.alt, "
-                "what is seen, in 20 characters or more"
+                f"{where(path, i)}: alt text {alt!r}: say in the cell's metadata, "
+                "mystnb.image.alt, what is seen, in 20 characters or more"
             )
     return problems + [
         f"{where(path, i)}: an image without alt text: write ![what is seen](...)"
@@ -458,7 +462,7 @@ def test_code_and_mathematics_are_no_html(chapter, source):
     assert problems_in_markdown(chapter(2, source=source)) == []
 
 
-# ---------------------------------------------------------------------------- a chapter without a fault, the real ones
+# --------------------------------------------------------- a chapter without a fault, the real ones
 
 CHECKS = [
     problems_in_equations,

@@ -1,4 +1,4 @@
-"""Where sets are found, what is refused, how pictures become squares, and what the generated set promises."""
+"""Where sets are found, what is refused, how they are split, what the generated set promises."""
 
 import hashlib
 import pickle
@@ -19,13 +19,15 @@ from xvit_minimal.augment import Augment, flip, resized_crop, shift
 from xvit_minimal.baselines import NoMixing
 from xvit_minimal.data import KINDS, fit, load, normalize, shapes
 from xvit_minimal.model import XViT
+from xvit_minimal.shapes import _draw, _scene
+from xvit_minimal.splits import choose
 
 COLOURS = torch.tensor([(235, 110, 40), (50, 100, 240)])  # orange, blue
 
 
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch, tmp_path):
-    """Every test runs in an empty folder, without XVIT_DATA, and any download fails as it does with the network off."""
+    """An empty folder, without XVIT_DATA; any download fails as it does with the network off."""
 
     def refuse(*_, **__):
         raise urllib.error.URLError("the network is off")
@@ -41,7 +43,7 @@ def picture(path, colour=(200, 30, 30), size=(8, 6)):
 
 
 def folders(root, classes=("cat", "dog"), each=3, colour=100, parts=("train", "test")):
-    """A set in class folders; an image's red is `colour`, its green its class, its blue its number."""
+    """A set in class folders; an image's red is `colour`, green its class, blue its number."""
     for part in parts:
         for label, name in enumerate(classes):
             for n in range(each):
@@ -53,7 +55,7 @@ TEN = [f"class {n}" for n in range(10)]
 
 
 def fake_cifar(root, monkeypatch, train=20, test=10):
-    """torchvision's layout of CIFAR-10 with few images, its checksums written into torchvision's class."""
+    """torchvision's layout of CIFAR-10 with few images, whose checksums its class is given."""
     folder = root / "cifar-10-batches-py"
     folder.mkdir(parents=True)
 
@@ -81,11 +83,11 @@ def fake_cifar(root, monkeypatch, train=20, test=10):
     return folder
 
 
-# --------------------------------------------------------------------------------------------------- where sets are
+# ----------------------------------------------------------------------------------- where sets are
 
 
 def test_a_folder_by_its_path(tmp_path):
-    images = load(str(folders(tmp_path / "pets")), size=4)
+    images = load(str(folders(tmp_path / "pets")), "train+val", size=4)
     assert images.images.shape == (6, 3, 4, 4) and images.images.dtype == torch.uint8
     assert images.labels.tolist() == [0, 0, 0, 1, 1, 1] and images.labels.dtype == torch.int64
     assert images.classes == ("cat", "dog") and images.name == "pets" and len(images) == 6
@@ -111,7 +113,7 @@ def test_order_is_xvit_data_then_root_then_download(tmp_path, monkeypatch):
     assert load("cifar10").images[0, 0, 0, 0] == 2
     monkeypatch.delenv("XVIT_DATA")
     assert load("cifar10").images[0, 0, 0, 0] == 1
-    assert load("cifar10").images.shape == (30, 3, 32, 32)
+    assert load("cifar10", "train+val").images.shape == (30, 3, 32, 32)
     assert load("cifar10", root=given).images[0, 0, 0, 0] == 2
 
 
@@ -149,7 +151,7 @@ def test_wnids_are_torchvisions():
 
 def test_torchvisions_layout(tmp_path, monkeypatch):
     fake_cifar(tmp_path / "data", monkeypatch)
-    train, test = load("cifar10"), load("cifar10", "test")
+    train, test = load("cifar10", "train+val"), load("cifar10", "test")
     assert (
         (len(train), len(test)) == (20, 10)
         and train.classes == tuple(TEN)
@@ -159,8 +161,8 @@ def test_torchvisions_layout(tmp_path, monkeypatch):
         n % 256 for n in range(300)
     ]  # channels first, row by row
     assert train.copy.startswith("torchvision's cifar-10-batches-py, sha256 ")
-    assert load("cifar10", size=16).images.shape == (20, 3, 16, 16)
-    assert load("cifar10", limit=10).labels.tolist() == list(range(10))
+    assert load("cifar10", "train+val", size=16).images.shape == (20, 3, 16, 16)
+    assert load("cifar10", "train+val", limit=10).labels.tolist() == list(range(10))
 
 
 @pytest.mark.parametrize("file", ["data_batch_1", "test_batch", "batches.meta"])
@@ -190,11 +192,11 @@ def test_download_is_moved_into_place_when_complete(tmp_path, monkeypatch):
     monkeypatch.setattr(
         datasets.CIFAR10, "download", lambda self: fake_cifar(Path(self.root), monkeypatch)
     )
-    assert len(load("cifar10")) == 20
+    assert len(load("cifar10", "train+val")) == 20
     assert [p.name for p in (tmp_path / "data").iterdir()] == ["cifar-10-batches-py"]
 
 
-# --------------------------------------------------------------------------------------------------- what is refused
+# ---------------------------------------------------------------------------------- what is refused
 
 
 def empty_class(root):
@@ -220,8 +222,8 @@ def text_as_image(root):
     (root / "train/dog/1.png").write_text("not an image")
 
 
-def unreadable(root):
-    (root / "train/dog/3.png").mkdir()
+def broken_link(root):
+    (root / "train/dog/3.png").symlink_to(root / "nowhere.png")
 
 
 @pytest.mark.parametrize(
@@ -229,11 +231,11 @@ def unreadable(root):
     [
         (empty_class, "train", "train.eel: got no image, expected files such as"),
         (more_in_train, "train", r"got classes \['eel'\] in only one of train/ and test/"),
-        (more_in_train, "test", r"got classes \['eel'\] in only one of train/ and test/"),
+        (more_in_train, "test", r"got classes \['eel'\] in only one of test/ and train/"),
         (no_test, "test", "val: no such folder, expected train/CLASS/.* and test/CLASS"),
-        (truncated, "train", "dog.1.png: cannot be read as an image .*: replace the file"),
-        (text_as_image, "train", "dog.1.png: cannot be read as an image .*: replace the file"),
-        (unreadable, "train", "dog.3.png: cannot be read as an image .*: replace the file"),
+        (truncated, "train+val", "dog.1.png: cannot be read as an image .*: replace the file"),
+        (text_as_image, "train+val", "dog.1.png: cannot be read as an image .*: replace the file"),
+        (broken_link, "train+val", r"dog.3.png: not there \(the nearest name is '[012].png'\)"),
     ],
 )
 def test_a_faulty_folder_is_refused(tmp_path, spoil, split, complaint):
@@ -277,10 +279,18 @@ def test_unknown_names_are_answered_with_the_nearest(name, near):
 
 
 @pytest.mark.parametrize(
-    "arguments", [dict(split="val"), dict(size=0), dict(limit=0), dict(limit=-3)]
+    "arguments, complaint",
+    [
+        (dict(split="valid"), "got split='valid', expected one of train, val, test, train.val"),
+        (dict(split="val+train"), "got split='val.train', expected one of"),
+        *((dict(size=size), f"got size={size}, expected a whole number") for size in (0, -3, 32.0)),
+        (dict(size=True), "got size=True, expected a whole number of pixels"),
+        (dict(size="32"), "got size='32', expected a whole number of pixels"),
+        *((dict(limit=limit), f"got limit={limit}, expected a") for limit in (0, -3, 1.5, True)),
+    ],
 )
-def test_senseless_arguments(arguments):
-    with pytest.raises(ValueError, match="give 'train' or 'test', positive numbers"):
+def test_senseless_arguments(arguments, complaint):
+    with pytest.raises(ValueError, match=complaint):
         load("shapes", **arguments)
 
 
@@ -293,21 +303,23 @@ def test_more_than_the_memory(tmp_path, monkeypatch):
         raising=False,
     )
     with pytest.raises(
-        ValueError, match=r"6 images of 224 x 224 pixels need 0.0 GB.*lower size or limit"
+        ValueError, match=r"4 images of 224 x 224 pixels need 0.0 GB.*lower size or limit"
     ):
         load(str(tmp_path / "pets"))
     with pytest.raises(ValueError, match="lower size or limit"):
         load("shapes")
 
 
-# ------------------------------------------------------------------------------------------------------- what is read
+# ------------------------------------------------------------------------------------- what is read
 
 
 def test_limit_takes_the_first_of_every_class(tmp_path):
     root = str(folders(tmp_path / "pets", each=5))
     some = load(root, limit=5, size=4)  # two of each class: 5 // 2
-    assert some.labels.tolist() == [0, 0, 1, 1] and some.images[:, 2, 0, 0].tolist() == [0, 1, 0, 1]
-    assert len(load(root, limit=100, size=4)) == 10
+    whole = load(root, size=4)  # four of each class, without the one that is held out
+    assert some.labels.tolist() == [0, 0, 1, 1]
+    assert torch.equal(some.images, whole.images[[0, 1, 4, 5]])
+    assert len(load(root, "train+val", limit=100, size=4)) == 10
     with pytest.raises(
         ValueError, match="got limit=1, expected at least one image for each of the 2 classes"
     ):
@@ -321,21 +333,22 @@ def test_hidden_files_and_files_that_are_no_images_are_passed_over(tmp_path):
     (root / "train/cat/._0.png").write_bytes(b"x")
     (root / "train/cat/Thumbs.db").write_bytes(b"x")
     (root / "train/labels.csv").write_bytes(b"x")
-    assert len(load(str(root), size=4)) == 6
+    assert len(load(str(root), "train+val", size=4)) == 6
 
 
 def test_copy_names_the_files_and_follows_their_content(tmp_path):
     root = folders(tmp_path / "pets")
-    before = load(str(root), size=4).copy
+    before = load(str(root), "train+val", size=4).copy
     assert (
         before.startswith("6 PNG files in class folders, sha256 ") and str(tmp_path) not in before
     )
-    assert load(str(root), size=8).copy == before
+    assert load(str(root), "train+val", size=8).copy == before
     picture(root / "train/cat/0.png", (9, 9, 9))
-    assert load(str(root), size=4).copy != before
+    assert load(str(root), "train+val", size=4).copy != before
     (root / "train/cat/0.png").unlink()
     picture(root / "train/cat/0.jpg")
-    assert load(str(root), size=4).copy.startswith("6 JPEG/PNG files")
+    copy = load(str(root), "train+val", size=4).copy
+    assert copy.startswith("6 JPEG/PNG files")
 
 
 @pytest.mark.parametrize(
@@ -411,12 +424,8 @@ def test_a_picture_that_cannot_be_read_is_named(tmp_path):
         data.read_image(tmp_path / "fine.png", 9), data.fit(pixels.permute(2, 0, 1), 9)
     )
     (tmp_path / "damaged.png").write_bytes((tmp_path / "fine.png").read_bytes()[:40])
-    for name in ("gone.png", "damaged.png"):
-        with pytest.raises(
-            ValueError,
-            match=f"{name}: cannot be read as an image .*: replace the file or take it away",
-        ):
-            data.read_image(tmp_path / name, 9)
+    with pytest.raises(ValueError, match="damaged.png: cannot be read as an image .*: replace"):
+        data.read_image(tmp_path / "damaged.png", 9)
 
 
 def test_normalize():
@@ -427,7 +436,125 @@ def test_normalize():
     assert torch.equal(normalize(x.float()), out) and torch.equal(normalize(x.double()), out)
 
 
-# ------------------------------------------------------------------------------------------------- the generated set
+# ------------------------------------------------------------------------------------------- splits
+
+
+def test_a_tenth_of_each_class_is_held_out_and_always_the_same(tmp_path):
+    root = str(folders(tmp_path / "pets", each=20))
+    train, val, both = (load(root, split, size=4) for split in ("train", "val", "train+val"))
+    assert val.labels.tolist() == [0, 0, 1, 1] and train.labels.bincount().tolist() == [18, 18]
+    a, b, all_of_them = ({*map(tuple, s.images[:, 1:, 0, 0].tolist())} for s in (train, val, both))
+    assert not a & b and a | b == all_of_them and len(all_of_them) == 40
+    assert torch.equal(load(root, "val", size=4).images, val.images)
+    assert len({part.fingerprint for part in (train, val, both)}) == 3
+
+
+def test_a_holdout_is_drawn_from_every_class():
+    labels = np.arange(5_000) % 10
+    held = choose("val", labels)
+    assert np.bincount(labels[held]).tolist() == [50] * 10
+    assert sorted([*held, *choose("train", labels)]) == list(range(5_000))
+    assert len({tuple((held[labels[held] == c] // 10).tolist()) for c in range(10)}) == 10
+    assert choose("train+val", labels).tolist() == list(range(5_000))
+    assert choose("train", [0, 1]).tolist() == [0, 1]  # nothing is held out of a class of one
+    with pytest.raises(ValueError, match="got 2 training picture.s., none of which can be held"):
+        choose("val", [0, 1])
+
+
+def test_the_own_validation_part(tmp_path):
+    root = folders(tmp_path / "pets", each=3, colour=1)
+    folders(root, each=2, colour=2, parts=("val",))
+    parts = {split: load(str(root), split, size=4) for split in data.SPLITS}
+    reds = {split: part.images[:, 0, 0, 0].tolist() for split, part in parts.items()}
+    assert reds == {
+        "train": [1] * 6,
+        "val": [2] * 4,
+        "test": [1] * 6,
+        "train+val": [1] * 6 + [2] * 4,
+    }
+    assert load(str(root), "train+val", limit=2, size=4).images[:, 0, 0, 0].tolist() == [1, 1]
+    (root / "val/cat").rename(root / "val/Cat")
+    with pytest.raises(ValueError, match=r"classes \['Cat', 'cat'\] in only one of test/ and val/"):
+        load(str(root), "test")
+
+
+def test_the_validation_part_of_cifar(tmp_path, monkeypatch):
+    fake_cifar(tmp_path / "data", monkeypatch, train=200)
+    train, val, both = (load("cifar10", split) for split in ("train", "val", "train+val"))
+    assert (len(train), len(val), len(both)) == (180, 20, 200)
+    assert val.labels.bincount().tolist() == [2] * 10
+    assert both.copy.startswith("torchvision's cifar-10-batches-py, sha256 ")
+    assert len({part.copy for part in (train, val, both)}) == 3
+    assert len({part.fingerprint for part in (train, val, both)}) == 3
+
+
+def test_a_fingerprint_follows_names_classes_sizes_and_content(tmp_path):
+    root = folders(tmp_path / "pets")
+
+    def told(size=4):
+        return load(str(root), "train+val", size=size).fingerprint
+
+    seen = [told(), told(size=8)]
+    assert told() == seen[0] and len(seen[0]) == 64 and int(seen[0], 16)
+    (root / "train/cat/0.png").rename(root / "train/cat/00.png")
+    seen.append(told())
+    for part in ("train", "test"):
+        (root / part / "dog").rename(root / part / "doggy")
+    seen.append(told())
+    picture(root / "train/cat/1.png", (9, 9, 9))
+    seen.append(told())
+    (root / "train/cat/2.png").unlink()
+    seen.append(told())
+    assert len({*seen}) == 6
+
+
+# ---------------------------------------------------------------------------------- nothing is lost
+
+
+def test_pictures_in_sub_folders_count(tmp_path):
+    root = folders(tmp_path / "pets")
+    picture(root / "train/cat/indoors/deep/7.PNG", (100, 0, 77))
+    picture(root / "train/cat/.hidden/8.png", (100, 0, 88))
+    images = load(str(root), "train+val", size=4)
+    assert images.labels.tolist() == [0, 0, 0, 0, 1, 1, 1]
+    assert images.images[:, 2, 0, 0].tolist() == [0, 1, 2, 77, 0, 1, 2] and images.notes == ()
+
+
+def test_pictures_that_are_passed_over_are_said(tmp_path):
+    root = folders(tmp_path / "pets")
+    for name in ("a.HEIC", "b.gif", "c.gif", "notes.txt"):
+        (root / "train/cat" / name).write_bytes(b"x")
+    picture(root / "train/stray.png")
+    assert load(str(root), size=4).notes == (
+        "train/, beside the class folders, passed over: 1 (.png)",
+        "train/cat/, in a format that is not read, passed over: 3 (.gif, .heic)",
+    )
+    assert load(str(root), "test", size=4).notes == ()
+
+
+def test_a_link_back_is_refused_and_any_other_followed(tmp_path):
+    root = folders(tmp_path / "pets")
+    picture(tmp_path / "elsewhere/9.png", (100, 0, 99))
+    (root / "train/cat/more").symlink_to(tmp_path / "elsewhere")
+    (root / "train/cat/again").symlink_to(tmp_path / "elsewhere")  # the same pictures, read once
+    assert load(str(root), "train+val", size=4).images[:4, 2, 0, 0].tolist() == [0, 1, 2, 99]
+    for target in (root / "train/dog", root / "train", root):
+        link = root / "train/dog/loop"
+        link.symlink_to(target)
+        with pytest.raises(ValueError, match="dog.loop: a link back to .*: remove the link"):
+            load(str(root), size=4)
+        link.unlink()
+
+
+def test_class_folders_whose_names_look_alike(tmp_path):
+    root = folders(tmp_path / "letters", classes=("A", "a", "b"))
+    assert load(str(root), size=4).notes == (f"{root}: classes ['A', 'a'] differ by case alone",)
+    root = folders(tmp_path / "pets", classes=("cat", "cat ", "dog"))
+    with pytest.raises(ValueError, match="pets: got class 'cat' twice, expected it once"):
+        load(str(root), size=4)
+
+
+# -------------------------------------------------------------------------------- the generated set
 
 
 def test_shapes_are_the_same_everywhere():
@@ -549,7 +676,7 @@ def test_colour_kind_and_place_of_the_named_shape_are_balanced():
 
 
 def test_no_model_without_mixing_is_right_on_all_four():
-    """The argument of chapter 9: exchange the shapes' colours, or the cue's; of these four images three can be right."""
+    """Chapter 9: exchange the shapes' colours, or the cue's; of four images three can be right."""
     torch.manual_seed(0)
     model = (
         XViT(
@@ -566,7 +693,7 @@ def test_no_model_without_mixing_is_right_on_all_four():
         .double()
         .eval()
     )
-    scene = data._scene(8, 32, seed=0)
+    scene = _scene(8, 32, seed=0)
     logits = []
     for swap_shapes in (False, True):
         for swap_cue in (False, True):
@@ -576,7 +703,7 @@ def test_no_model_without_mixing_is_right_on_all_four():
             if swap_cue:
                 colour[:, 2] = scene["colour"][:, :2].sum(1) - colour[:, 2]
             changed = {**scene, "colour": colour}
-            image, _ = data._draw(
+            image, _ = _draw(
                 32, np.random.RandomState(0), **{k: v.astype(np.int32) for k, v in changed.items()}
             )
             logits.append(model((torch.from_numpy(image).double() / 255 - 0.5) / 0.25).detach())
@@ -622,7 +749,7 @@ def test_attention_learns_shapes_and_a_model_without_mixing_does_not():
     )  # guessing between the two shapes: 0.5
 
 
-# ------------------------------------------------------------------------------------------------------ augmentation
+# ------------------------------------------------------------------------------------- augmentation
 
 
 @pytest.mark.parametrize(
@@ -654,7 +781,7 @@ def test_augment_is_decided_by_the_state_of_the_generator(size, how, group):
 def test_each_image_is_shifted_by_its_own_draw():
     one = torch.randint(256, (1, 3, 12, 12), dtype=torch.uint8)
     x = one.expand(200, -1, -1, -1)
-    out = data.shift(x, 2)
+    out = shift(x, 2)
     padded = F.pad(one.float(), (2, 2, 2, 2), mode="reflect")[0].to(torch.uint8)  # (3, 16, 16)
     crops = {
         padded[:, i : i + 12, j : j + 12].numpy().tobytes(): (i, j)
@@ -667,7 +794,7 @@ def test_each_image_is_shifted_by_its_own_draw():
 
 def test_each_image_is_flipped_by_its_own_draw():
     x = torch.randint(256, (400, 3, 5, 5), dtype=torch.uint8)
-    out = data.flip(x)
+    out = flip(x)
     flipped = (out == x.flip(-1)).flatten(1).all(1)
     assert ((out == x).flatten(1).all(1) | flipped).all() and 150 < flipped.sum() < 250
 
@@ -681,7 +808,7 @@ def test_each_image_is_cropped_by_its_own_draw():
             torch.full((64, 64), 9, dtype=torch.uint8),
         ]
     )
-    out = data.resized_crop(x.expand(300, -1, -1, -1), 32).double()
+    out = resized_crop(x.expand(300, -1, -1, -1), 32).double()
     width = (
         (out[:, 0, 5, 31] - out[:, 0, 5, 0]) * 32 / 31 / 64
     )  # from the ramps: which part of the image is seen

@@ -1,23 +1,31 @@
-"""Dense prediction (dense.py, tasks.py): the pyramid, the two heads, their losses and scores, runs of both tasks."""
+"""Dense prediction (dense.py, tasks.py): pyramid, heads, losses, scores, runs of both tasks."""
 
+import copy
 import json
-import re
-import shlex
+import math
 import signal
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import ROOT
 from PIL import Image
-from test_book import ROOT
-from test_sync import problems_in_records
-from test_train import stop_at, weights
+from test_records import problems_in_records
+from test_resume import stop_at, weights
 from torch import nn
+from torchvision.ops import FeaturePyramidNetwork
 
-from xvit_minimal import data, dense, dense_data, train
-from xvit_minimal.baselines import XCA, EfficientAttention, SoftmaxAttention, XNormL1
-from xvit_minimal.command_line import command, parse
+from xvit_minimal import data, dense_data, train
+from xvit_minimal.baselines import (
+    ATTENTIONS,
+    VARIANTS,
+    XCA,
+    EfficientAttention,
+    SoftmaxAttention,
+    XNormL1,
+)
 from xvit_minimal.dense import (
     VOID,
     SemanticFPN,
@@ -27,8 +35,8 @@ from xvit_minimal.dense import (
     transfer,
 )
 from xvit_minimal.model import XViT
-from xvit_minimal.recipe import Config, recipe
-from xvit_minimal.tasks import TASKS, Detection, Segmentation
+from xvit_minimal.recipe import recipe
+from xvit_minimal.tasks import TASKS
 
 SIZES = [(1, 1), (4, 4000), (33, 65), (32, 64)]
 
@@ -60,7 +68,7 @@ def the_same_draws():
     torch.manual_seed(0)
 
 
-# -------------------------------------------------------------------------------------------------------------- pyramid
+# ------------------------------------------------------------------------------------------ pyramid
 
 
 @pytest.mark.parametrize("stem_stride", [2, 4, 8, 16])
@@ -149,7 +157,133 @@ def test_no_token_of_the_padding_reaches_the_attention(size):
     assert torch.equal(deep[2][0], body.forward_features(x, [1])[0])
 
 
-# --------------------------------------------------------------------------------------------------------- segmentation
+def test_the_pyramid_is_torchvisions():
+    backbone = XViTBackbone(body_of(), 8)
+    theirs = FeaturePyramidNetwork([8] * 4, 8, norm_layer=nn.BatchNorm2d)
+    theirs.load_state_dict(backbone.fpn.state_dict())
+    maps = [torch.randn(2, 8, 32 // 2**n, 16 // 2**n) for n in range(4)]
+    ours = backbone.fpn(maps)
+    expected = theirs({str(n): level for n, level in enumerate(maps)})
+    assert list(ours) == list(expected)
+    assert all(torch.equal(ours[name], expected[name]) for name in ours)
+
+
+# ---------------------------------------------------------------------- pictures of different sizes
+
+OWN_SIZES = [(33, 40), (1, 1), (20, 65), (64, 9), (20, 65)]
+
+
+def padded(sizes, fill, height=64, width=70):
+    """Pictures of these sizes, and in one tensor, with `fill` beside them."""
+    x = torch.full((len(sizes), 3, height, width), fill, dtype=torch.float64)
+    draws = torch.Generator().manual_seed(3)
+    pictures = [torch.randn(3, h, w, dtype=torch.float64, generator=draws) for h, w in sizes]
+    for n, (h, w) in enumerate(sizes):
+        x[n, :, :h, :w] = pictures[n]
+    return pictures, x, torch.tensor(sizes)
+
+
+def unsettle(model):
+    """Norms and positions as training may leave them, so that nothing is 0 by chance."""
+    for module in model.modules():
+        if isinstance(module, (nn.BatchNorm2d, nn.GroupNorm)):
+            nn.init.normal_(module.weight), nn.init.normal_(module.bias)
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.running_mean), nn.init.uniform_(module.running_var, 0.5, 2)
+    nn.init.normal_(model.backbone.body.positions)
+    return model.double()
+
+
+@pytest.mark.parametrize(
+    "stem_stride, strides", [(4, (4, 8, 16, 32)), (2, (4, 8)), (16, (2, 4)), (8, (4, 16))]
+)
+def test_a_picture_has_the_logits_that_it_has_alone(stem_stride, strides):
+    model = unsettle(segmenter(stem_stride, strides)).eval()
+    pictures, x, sizes = padded(OWN_SIZES, math.nan)
+    together = model(x, sizes)
+    for n, (h, w) in enumerate(OWN_SIZES):
+        alone = model(pictures[n][None])[0]
+        torch.testing.assert_close(together[n, :, :h, :w], alone, rtol=1e-8, atol=1e-8)
+        assert not together[n, :, h:].any() and not together[n, :, :, w:].any()
+
+
+@pytest.mark.parametrize("name", [*ATTENTIONS, *VARIANTS])
+def test_maps_of_every_attention_are_those_of_a_picture_alone(name):
+    body = body_of(attention=(ATTENTIONS | VARIANTS)[name], class_depth=0)
+    backbone = XViTBackbone(body, 8).double().eval()
+    pictures, x, sizes = padded(OWN_SIZES, math.nan)
+    maps = list(backbone(x, sizes).values())
+    for n, size in enumerate(OWN_SIZES):
+        alone = backbone(pictures[n][None]).values()
+        for level, own in zip(backbone.own_maps(maps, [n], size), alone):
+            torch.testing.assert_close(level, own, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_pictures_that_fill_the_tensor_need_no_sizes(training):
+    model = unsettle(segmenter()).train(training)
+    _, x, sizes = padded([(40, 33)] * 3, 0.0, 40, 33)
+    other = copy.deepcopy(model)
+    torch.testing.assert_close(model(x, sizes), other(x), rtol=1e-8, atol=1e-8)
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(value, other.state_dict()[name])
+
+
+def test_in_training_nothing_depends_on_what_the_padding_holds():
+    trained = unsettle(segmenter()).train()
+    results = []
+    for fill, room in ((0.0, (64, 70)), (math.nan, (64, 70)), (7.0, (90, 140))):
+        model = copy.deepcopy(trained)
+        _, x, sizes = padded(OWN_SIZES, fill, *room)
+        masks = torch.full((len(x), *room), VOID)
+        for n, (h, w) in enumerate(OWN_SIZES):
+            masks[n, :h, :w] = torch.arange(w) % 3
+        loss = segmentation_loss(model(x, sizes), masks)
+        loss.backward()
+        gradients = {f"gradient of {name}": p.grad for name, p in model.named_parameters()}
+        results.append({"loss": loss, **gradients, **dict(model.named_buffers())})
+    for result in results[1:]:
+        for name, value in result.items():
+            torch.testing.assert_close(value, results[0][name], rtol=1e-6, atol=1e-8)
+
+
+def test_a_detector_finds_in_a_batch_what_it_finds_alone():
+    model = unsettle(tiny_detector()).eval()
+    nn.init.zeros_(model.head.classification_head.cls_logits.bias)  # it finds something everywhere
+    pictures, *_ = padded(OWN_SIZES, 0.0)
+    together = model(pictures)
+    for picture, found in zip(pictures, together):
+        (alone,) = model([picture])
+        assert len(alone["boxes"]) and torch.equal(found["labels"], alone["labels"])
+        for key in ("boxes", "scores"):
+            torch.testing.assert_close(found[key], alone[key], rtol=1e-8, atol=1e-8)
+
+
+def test_a_detectors_losses_are_the_mean_of_those_of_its_pictures_alone():
+    model = unsettle(tiny_detector()).train()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()  # what it takes from a batch is tested above
+    pictures, *_ = padded(OWN_SIZES, 0.0)
+    targets = [
+        a_target((0, 0, w, h), (w / 4, h / 4, w / 2, h / 2), labels=[0, 1]) for h, w in OWN_SIZES
+    ]
+    targets[2] = a_target()
+    together = model(pictures, targets)
+    alone = [model([picture], [target]) for picture, target in zip(pictures, targets)]
+    for name, loss in together.items():
+        mean = sum(each[name] for each in alone) / len(alone)
+        torch.testing.assert_close(loss, mean, rtol=1e-8, atol=1e-8)
+
+
+def test_a_detector_trains_on_pictures_of_different_sizes():
+    model = tiny_detector()
+    pictures = [torch.randn(3, 40, 33), torch.randn(3, 20, 65)]
+    sum(model(pictures, [a_target((2, 2, 20, 19))] * 2).values()).backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+# ------------------------------------------------------------------------------------- segmentation
 
 
 @pytest.mark.parametrize("stem_stride", [2, 4, 16])
@@ -235,7 +369,7 @@ def test_masks_that_do_not_fit_are_refused(masks, message):
         segmentation_loss(torch.zeros(1, 3, 4, 4), masks)
 
 
-# ------------------------------------------------------------------------------------------------------------ detection
+# ---------------------------------------------------------------------------------------- detection
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -317,6 +451,85 @@ def test_a_detector_finds_the_box_it_was_shown(label):
     assert (found["boxes"][best] - targets[0]["boxes"][0]).abs().max() < 4
 
 
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("name", ["bccd", "camvid"])
+def test_shipped_models_in_another_precision(name, kind):
+    model, _ = train.load_model(ROOT / f"book/weights/{name}.safetensors")
+    x = torch.randn(2, 3, 97, 64)
+    with torch.no_grad():
+        expected, found = model(x), copy.deepcopy(model).to(kind)(x.to(kind))
+    if name == "camvid":
+        assert found.dtype == kind
+        assert (found.argmax(1) == expected.argmax(1)).float().mean() > 0.9
+    else:
+        wide = torch.promote_types(kind, torch.float32)
+        for mine, other in zip(found, expected):
+            assert mine["boxes"].dtype == mine["scores"].dtype == wide
+            assert abs(mine["scores"].max() - other["scores"].max()) < 0.05
+
+
+def test_anchors_are_exact_whatever_the_maps_are():
+    """bfloat16 has 8 bits: anchors beyond pixel 256 would stand up to 2 pixels off."""
+    model, sides = tiny_detector(), [(80, 100), (40, 50), (20, 25)]
+    exact = model._anchors([torch.zeros(1, 16, *side) for side in sides])
+    rounded = model._anchors([torch.zeros(1, 16, *side, dtype=torch.bfloat16) for side in sides])
+    for level, other, stride in zip(exact, rounded, (8, 16, 32)):
+        assert other.dtype == torch.float32 and torch.equal(level, other)
+        corners = torch.stack([level[9::9, 0] - level[0, 0], level[9::9, 1] - level[0, 1]], 1)
+        assert (corners % stride == 0).all() and corners.max() == max(sides[0]) * 8 - stride
+
+
+def test_the_score_from_which_on_a_box_counts_can_be_set():
+    model = tiny_detector().eval()
+    nn.init.zeros_(model.head.classification_head.cls_logits.bias)
+    x = torch.randn(1, 3, 40, 33)
+    scores = model(x)[0]["scores"]
+    assert model.score_thresh == 0.05 and len(scores) == 100
+    model.score_thresh = scores.median().item()
+    kept = model(x)[0]["scores"]
+    assert 0 < len(kept) < 100 and (kept > model.score_thresh).all()
+
+
+@pytest.mark.parametrize(
+    "targets, message",
+    [
+        (None, "got no targets for 1 images, expected one for each in training: call model.eval"),
+        ([], "got 0 targets for 1 images"),
+        (
+            [a_target((2, 2, 2, 5))],
+            r"got the box \[2.0, 2.0, 2.0, 5.0\] for image 0, expected x0 <",
+        ),
+        ([a_target((2, 9, 5, 5))], "expected x0 < x1 and y0 < y1"),
+        ([a_target((2, 2, 5, math.nan))], "got the box"),
+        ([a_target((2, 2, 5, 5), labels=[0, 1])], r"got boxes \(1, 4\) for 2 labels of image 0"),
+    ],
+)
+def test_targets_that_do_not_fit_are_refused(targets, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_detector()(torch.randn(1, 3, 40, 33), targets)
+
+
+class Network(nn.Module):
+    """A detector up to what its head says; what follows depends on the image."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        return self.model.head(list(self.model.backbone(x).values()))
+
+
+@pytest.mark.parametrize("build", [segmenter, lambda: Network(tiny_detector())])
+def test_one_compiled_model_takes_size_after_size(build):
+    torch._dynamo.reset()
+    model = build().eval()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    for size in [(32, 32), (48, 32), (17, 30), (5, 33)]:
+        x = torch.randn(2, 3, *size)
+        torch.testing.assert_close(compiled(x), model(x))
+
+
 def test_the_head_computes_in_float32_under_autocast():
     head, maps = (
         tiny_detector().head,
@@ -332,7 +545,7 @@ def test_the_head_computes_in_float32_under_autocast():
     )
 
 
-# -----------------------------------------------------------------------------------------------weights from elsewhere
+# --------------------------------------------------------------------------- weights from elsewhere
 
 
 def test_stem_and_blocks_are_copied_and_positions_interpolated():
@@ -424,8 +637,9 @@ def test_a_run_starts_with_the_body_of_a_classifier(
     config = tiny(
         task, tmp_path, init=str(classifier), size=48, amp=False, compile=False, **changes
     )
-    sets = [TASKS[task].load(config, "train", 8) for _ in range(2)]
-    model = train.Run(config, *sets, torch.device("cpu")).model
+    config = replace(config, ema=0.9, lr=1e-3, batch_size=8, warmup=1)
+    sets = {"train": TASKS[task].load(config, "train", 8)}
+    model = train.Run(config, sets, torch.device("cpu")).model
     body = next(module for module in model.modules() if isinstance(module, XViT)).state_dict()
     theirs = train.load_model(classifier)[0].state_dict()
     assert all(
@@ -447,7 +661,7 @@ def test_a_run_refuses_the_body_of_another_model(classifier, tmp_path, few_to_te
         train.train(tiny("segmentation", tmp_path, init=str(classifier), **changes))
 
 
-# ----------------------------------------------------------------------------------------------------------------- runs
+# --------------------------------------------------------------------------------------------- runs
 
 
 def check_record(tree, found):
@@ -480,7 +694,8 @@ def test_a_run_leaves_a_record_and_weights_that_give_its_scores(
         "checkpoint.pt",
         "checkpoint.previous.pt",
     }
-    assert found["data"]["splits"] == {"train": 32, "test": 12} and score in found["results"][0]
+    assert found["data"]["splits"] == {"train": 32, "val": 12, "test": 12}
+    assert score in found["results"][0]
     model, classes = train.load_model(tmp_path / "run/weights.safetensors")
     test = TASKS[task].load(config, "test", None)
     assert tuple(classes) == test.classes and not model.training
@@ -523,234 +738,3 @@ def test_a_run_on_oblong_pictures(tree, tmp_path):
     model, classes = train.load_model(tmp_path / "run/weights.safetensors")
     assert model.backbone.body.positions.shape == (1, 8, 6, 10) and classes == ["sky", "roof"]
     assert {"test_iou_sky", "test_iou_roof", "test_accuracy"} < set(found["results"][0])
-
-
-# --------------------------------------------------------------------------------------------------------------- scores
-
-
-class Told(nn.Module):
-    """Answers with what it was told for an image, whose number stands in its pixels."""
-
-    def __init__(self, answers):
-        super().__init__()
-        self.answers, self.none = answers, nn.Parameter(torch.zeros(1))
-
-    def forward(self, x):
-        assert not self.training
-        picked = [
-            self.answers[number] for number in ((x[:, 0, 0, 0] + 2) * 63.75).round().int().tolist()
-        ]
-        return torch.stack(picked) if isinstance(picked[0], torch.Tensor) else picked
-
-
-def numbered(n, height, width, classes, **more):
-    images = torch.arange(n, dtype=torch.uint8)[:, None, None, None].expand(n, 3, height, width)
-    return data.ImageSet(images, None, classes, "numbers", "numbered", **more)
-
-
-@pytest.mark.parametrize("batch_size", [1, 2, 16])
-def test_miou_is_that_of_counting_by_hand(batch_size):
-    classes, n = (
-        ("sky", "road", "boat", "unicorn", "car"),
-        5,
-    )  # nobody sees a unicorn, and the car is only in the truth
-    truth, said = torch.randint(3, (n, 4, 6)), torch.randint(3, (n, 4, 6))
-    truth[0, 0], truth[3], truth[1, 1, :2] = VOID, VOID, 4
-    said[0, 0] = 3  # under void: counts nowhere
-    model = Told(list(F.one_hot(said, 5).permute(0, 3, 1, 2).float()))
-    images = numbered(n, 4, 6, classes, masks=truth.to(torch.uint8))
-    found = Segmentation.evaluate(model.train(), images, batch_size=batch_size)
-    pixels = [
-        (i, y, x) for i in range(n) for y in range(4) for x in range(6) if truth[i, y, x] != VOID
-    ]
-    iou = {}
-    for k, name in enumerate(classes):
-        of_truth, of_said = ({p for p in pixels if mask[p] == k} for mask in (truth, said))
-        if of_truth | of_said:
-            iou[name] = len(of_truth & of_said) / len(of_truth | of_said)
-    assert set(iou) == {"sky", "road", "boat", "car"} and iou["car"] == 0
-    accuracy = sum((truth[p] == said[p]).item() for p in pixels) / len(pixels)
-    expected = {
-        "miou": sum(iou.values()) / 4,
-        "accuracy": accuracy,
-        **{f"iou_{name}": v for name, v in iou.items()},
-    }
-    assert found == pytest.approx(expected, rel=1e-9) and list(found) == list(expected)
-
-
-def test_images_of_nothing_but_void_cannot_be_evaluated():
-    images = numbered(
-        2, 4, 6, ("sky", "road"), masks=torch.full((2, 4, 6), VOID, dtype=torch.uint8)
-    )
-    with pytest.raises(ValueError, match="no pixel of the 2 test pictures"):
-        Segmentation.evaluate(Told([torch.zeros(2, 4, 6)] * 2), images)
-
-
-def overlap(a, b):
-    width, height = (max(0, min(a[2 + k], b[2 + k]) - max(a[k], b[k])) for k in (0, 1))
-    area = sum((box[2] - box[0]) * (box[3] - box[1]) for box in (a, b))
-    return width * height / (area - width * height)
-
-
-def average_precision(truth, said, threshold):
-    """COCO's, of one class: truth {image: boxes}, said [(score, image, box), ...]."""
-    found, hits, points = set(), 0, []
-    for n, (_, image, box) in enumerate(sorted(said, key=lambda each: -each[0]), start=1):
-        overlaps = [
-            (overlap(box, other), (image, k)) for k, other in enumerate(truth.get(image, []))
-        ]
-        best, which = max((pair for pair in overlaps if pair[1] not in found), default=(0, None))
-        if best >= threshold:
-            found.add(which)
-            hits += 1
-        points.append((hits / sum(map(len, truth.values())), hits / n))  # recall, precision
-    return sum(max((p for r, p in points if r >= k / 100), default=0) for k in range(101)) / 101
-
-
-def test_map_is_that_of_counting_by_hand():
-    """Class 0 has two truths and three predictions, one of them in an image without truth; class 1 has a truth that
-    nobody finds, class 2 none; of the 20 images, in two batches, most have neither."""
-    truth = {0: {0: [(0, 0, 20, 20)], 18: [(10, 10, 30, 40)]}, 1: {18: [(0, 0, 8, 8)]}}
-    said = [
-        (0.9, 0, (0, 0, 20, 17.5)),
-        (0.8, 5, (5, 5, 15, 15)),
-        (0.7, 18, (10, 10, 30, 29)),
-    ]  # overlap 0.875, 0, 0.63
-    answers, targets = [], []
-    for image in range(20):
-        mine = [(score, box) for score, where, box in said if where == image]
-        answers.append(
-            {
-                **a_target(*[box for _, box in mine]),
-                "scores": torch.tensor([score for score, _ in mine]),
-            }
-        )
-        there = [(box, k) for k in truth for box in truth[k].get(image, [])]
-        targets.append(a_target(*[box for box, _ in there], labels=[k for _, k in there]))
-    boxes, labels = ([target[key] for target in targets] for key in ("boxes", "labels"))
-    images = numbered(20, 40, 40, ("cell", "plate", "ghost"), boxes=boxes, box_labels=labels)
-    found = Detection.evaluate(Told(answers).train(), images)
-    each = {n: average_precision(truth[0], said, n / 100) for n in range(50, 100, 5)}
-    assert (
-        each[50] == pytest.approx((51 + 50 * 2 / 3) / 101)
-        and each[75] == pytest.approx(51 / 101)
-        and each[90] == 0
-    )
-    cell = sum(each.values()) / 10
-    expected = {
-        "map": cell / 2,
-        "map50": each[50] / 2,
-        "map75": each[75] / 2,
-        "map_cell": cell,
-        "map_plate": 0,
-    }
-    assert found == pytest.approx(expected, abs=1e-6)
-    curves = Detection.precision(Told(answers), images)
-    assert curves == {"cell": pytest.approx([1] * 51 + [2 / 3] * 50), "plate": [0] * 101}
-
-
-def test_a_detector_that_says_the_truth_scores_one_and_one_that_is_silent_zero():
-    images = data.shapes(6, 32)
-    images.images[:] = torch.arange(6, dtype=torch.uint8)[:, None, None, None]
-    right = [
-        {"boxes": boxes, "labels": labels, "scores": torch.ones(2)}
-        for boxes, labels in zip(images.boxes, images.box_labels)
-    ]
-    silent = [{**a_target(), "scores": torch.zeros(0)}] * 6
-    assert set(Detection.evaluate(Told(right), images).values()) == {1.0}
-    assert set(Detection.evaluate(Told(silent), images).values()) == {0.0}
-
-
-# --------------------------------------------------------------------------------------------------------------- recipe
-
-
-@pytest.mark.parametrize("task", ["segmentation", "detection"])
-@pytest.mark.parametrize(
-    "changes, message",
-    [
-        (dict(mix=0.5), "got mix=0.5, .* expected 0 for all three"),
-        (dict(class_depth=1), "class_depth=1 .*leave them"),
-        (dict(label_smoothing=0.1), "smoothing=0.1, .* one label an image"),
-        (dict(augment="corp"), "nearest is 'crop'"),
-        (dict(augment="shift"), "got augment 'shift', expected one of none, flip, crop"),
-        (dict(pyramid=0), "pyramid=0"),
-        (dict(pyramid=12), "got pyramid=12, expected a multiple of 8"),
-    ],
-)
-def test_what_a_dense_task_cannot_use_is_refused(task, changes, message):
-    with pytest.raises(ValueError, match=message):
-        recipe("shapes", task, **changes)
-
-
-@pytest.mark.parametrize(
-    "name, near",
-    [("segment", "segmentation"), ("detect", "detection"), ("class", "classification")],
-)
-def test_an_unknown_task_is_answered_with_the_nearest(name, near, capsys):
-    with pytest.raises(
-        ValueError,
-        match=f"got task '{name}', expected one of classification, .* nearest is '{near}'",
-    ):
-        Config(task=name)
-    with pytest.raises(SystemExit):
-        parse(["--task", name])
-    assert f"nearest is '{near}'" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    "line",
-    [
-        "--task segmentation",
-        "--task detection --data bccd --epochs 7 --size 200 --out runs/x",
-        "--task classification",
-        "--task segmentation --data 'a folder' --init a/w.safetensors --pyramid 32 --augment none --ema 0.5 --no-lpi --amp",
-    ],
-)
-def test_a_command_makes_a_dense_configuration_again(line):
-    config = parse(shlex.split(line))
-    assert parse(shlex.split(command(config))[3:]) == config
-    assert (
-        (config.class_depth == 0) == ("classification" not in line) == ("--task" in command(config))
-    )
-
-
-def test_each_task_has_a_folder_a_score_and_a_cost(tmp_path):
-    assert (
-        recipe("a/roofs", "segmentation").out == "runs/roofs-segmentation"
-        and recipe("shapes").out == "runs/shapes"
-    )
-    assert [TASKS[task].score for task in ("classification", "segmentation", "detection")] == [
-        "top1",
-        "miou",
-        "map",
-    ]
-    for task in ("segmentation", "detection"):
-        config = tiny(task, tmp_path)
-        model = TASKS[task].model(config, 5, (24, 40))
-        parameters, multiply_adds = TASKS[task].cost(model, (24, 40))
-        assert parameters == sum(p.numel() for p in model.parameters()) and multiply_adds > 0
-        assert next(model.parameters()).device.type == "cpu" and isinstance(
-            model, (SemanticFPN, dense.RetinaNet)
-        )
-
-
-@pytest.mark.parametrize(
-    "file, weights_file, known", [("street.jpg", "camvid", "sky"), ("blood.jpg", "bccd", "RBC")]
-)
-@pytest.mark.parametrize("shape", [(50, 70, 3), (1, 1, 3), (4, 4000, 3), (61, 40)])
-def test_the_lines_of_the_readme_take_a_picture_of_any_size(
-    tmp_path, monkeypatch, capsys, file, weights_file, known, shape
-):
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
-    (lines,) = (block for block in blocks if file in block)
-    assert len([line for line in lines.splitlines() if line]) == 5
-    Image.fromarray(np.random.default_rng(0).integers(0, 255, shape, np.uint8)).save(
-        tmp_path / file
-    )
-    (tmp_path / "book").symlink_to(ROOT / "book")
-    monkeypatch.chdir(tmp_path)
-    room = {}
-    exec(lines, room)
-    assert capsys.readouterr().out.startswith("[") and known in room["classes"]
-    if "mask" in room:
-        assert room["mask"].shape == room["image"].shape[1:] and room["mask"].max() < 11

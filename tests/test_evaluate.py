@@ -2,20 +2,19 @@
 
 import hashlib
 import json
-import sys
 from dataclasses import replace
 
 import pytest
 import torch
-from safetensors import safe_open
-from test_book import ROOT
+from conftest import ROOT
 
-from xvit_minimal import data, train
+pytest.importorskip("safetensors", reason="weights are files of it: pip install safetensors")
+import evaluate
+from safetensors import safe_open
+
+from xvit_minimal import data, train, weights
 from xvit_minimal.recipe import recipe
 from xvit_minimal.tasks import TASKS, Classification
-
-sys.path.insert(0, str(ROOT / "book/tools"))
-import evaluate  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -114,17 +113,91 @@ def test_shipped_weights_are_halves_of_the_run_s(run, record, tmp_path):
     assert {p.dtype for p in model.parameters()} == {torch.float32}
 
 
-def test_mistakes_of_the_user_are_explained(run, record, tmp_path, capsys, monkeypatch):
-    with pytest.raises(SystemExit, match="error: .*gone.safetensors"):
-        evaluate.main([str(tmp_path / "gone.safetensors"), "--data", "shapes", "--out", "some"])
-    with pytest.raises(SystemExit):
-        evaluate.main(["a", "b", "--ship", "c", "--data", "shapes", "--out", "some"])
-    assert "got 2 files to --ship, expected one" in capsys.readouterr().err
+def test_a_set_of_other_classes_is_refused_and_nothing_is_written(record, tmp_path, monkeypatch):
     other = replace(data.shapes(8, 16), classes=("a", "b", "c", "d"))
     monkeypatch.setattr(data, "load", lambda *arguments: other)
     with pytest.raises(SystemExit, match="knows the classes .* choose a set with the same ones"):
         record()
-    assert not (tmp_path / "book").exists()
+    with pytest.raises(SystemExit, match="knows the classes"):
+        record("--ship", str(tmp_path / "half.safetensors"))
+    assert not (tmp_path / "book").exists() and not (tmp_path / "half.safetensors").exists()
+
+
+def test_a_score_that_is_no_number_leaves_nothing_half_written(record, tmp_path, monkeypatch):
+    found = {"top1": float("nan"), "data": "shapes", "side": 16}
+    monkeypatch.setattr(evaluate, "row", lambda *arguments: (dict(found), None))
+    with pytest.raises(SystemExit, match="error: Out of range float values"):
+        record("--ship", str(tmp_path / "half.safetensors"))
+    assert not (tmp_path / "book").exists() and not (tmp_path / "half.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["gone.safetensors"], "error: .*gone.safetensors: no such file"),
+        (["."], "error: .* is a folder: give the path of the weights.safetensors"),
+        (["foreign.safetensors"], "error: foreign.safetensors is not a weights.safetensors"),
+        (["RUN", "detector.safetensors"], "is for classification and .* for detection"),
+        (["detector.safetensors", "--jpeg", "50"], "got --jpeg for detection"),
+        (["RUN", "--data", "shapse"], "expected one of"),
+    ],
+)
+def test_what_cannot_be_evaluated_ends_with_one_line(run, tmp_path, monkeypatch, options, message):
+    monkeypatch.setattr(evaluate, "ROOT", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "foreign.safetensors").write_bytes(b"something else")
+    config = recipe("shapes", "detection", dim=8, depth=1, num_heads=2, pyramid=16)
+    model = TASKS["detection"].model(config, 4, 32)
+    content = weights.weights_file(model, vars(config), data.KINDS, 32)
+    (tmp_path / "detector.safetensors").write_bytes(content)
+    words = [str(run / "weights.safetensors") if word == "RUN" else word for word in options]
+    words += ["--out", "some", *([] if "--data" in options else ["--data", "shapes"])]
+    with pytest.raises(SystemExit, match=message) as end:
+        evaluate.main(words)
+    assert len(str(end.value).splitlines()) == 1 and not (tmp_path / "book").exists()
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["b", "--ship", "c.safetensors"], "got 2 files to --ship, expected one"),
+        (["--ship", "a"], "the file that is read: name another one"),
+        (["--ship", "x/../a"], "the file that is read: name another one"),
+        (["--ship", "."], "expected the path of a file NAME.safetensors"),
+        (["--jpeg", "0"], "expected a quality from 1 to 100"),
+        (["--jpeg", "101"], "expected a quality from 1 to 100"),
+        (["--sizes", "0"], "sizes below 1"),
+        (["--mistakes", "-1"], "negative --mistakes"),
+        (["--split", "train"], "invalid choice: 'train'"),
+        (["--out", "../x"], "expected a name of letters"),
+        (["--out", "a/b"], "expected a name of letters"),
+        (["--out", ""], "expected a name of letters"),
+        (
+            [
+                "--out",
+                "..",
+            ],
+            "expected a name of letters",
+        ),
+    ],
+)
+def test_options_that_make_no_sense_are_named(options, message, capsys):
+    with pytest.raises(SystemExit) as end:
+        evaluate.main(
+            ["a", *options, "--data", "shapes", *([] if "--out" in options else ["--out", "x"])]
+        )
+    assert end.value.code == 2 and message.lower() in capsys.readouterr().err.lower()
+
+
+def test_the_validation_part_is_evaluated_where_it_is_asked_for(record, monkeypatch):
+    asked, whole = [], data.load
+    monkeypatch.setattr(
+        data,
+        "load",
+        lambda name, split, *rest: (asked.append(split), whole(name, "test", *rest))[1],
+    )
+    (row,) = record("--split", "val")["results"]
+    assert asked == ["val"] and row["top1"] >= 0
 
 
 SHIPPED = sorted((ROOT / "book/weights").glob("*.safetensors"))
@@ -136,7 +209,7 @@ def test_something_ships():
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_shipped_weights_lead_to_their_records(path):
-    """Small, in half precision, evaluated as they are, and the product of a run whose record is in the book."""
+    """Small, in half precision, evaluated as they are, and made by a run whose record is here."""
     assert path.stat().st_size < 5_000_000
     with safe_open(path, "pt") as file:
         about = json.loads(file.metadata()["about"])
@@ -201,6 +274,11 @@ def test_a_dense_task_gets_its_own_scores(task, tmp_path, monkeypatch):
     (row,) = json.loads((tmp_path / "book/runs/evaluate/some.json").read_text())["results"]
     model, classes = train.load_model(tmp_path / "half.safetensors")
     expected = TASKS[task].evaluate(model, images)
+    if task == "detection":  # the set is its own validation part here
+        assert row["threshold"] == expected["best_threshold"] == model.score_thresh
+        assert (
+            row["val_f1"] == pytest.approx(expected["best_f1"]) and row["val_copy"] == images.copy
+        )
     assert {key: row[key] for key in expected} == pytest.approx(expected) and row["score"] == TASKS[
         task
     ].score

@@ -1,13 +1,21 @@
-"""The whole model: its exact size and cost, any input it may get, and every claim of its docstrings."""
+"""The whole model: its exact size and cost, any input, and every claim of its docstrings."""
 
+import copy
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from xvit_minimal import SoftmaxAttention, XNormAttention, XViT, model
+from xvit_minimal.baselines import ATTENTIONS, VARIANTS, NoMixing
 from xvit_minimal.model import (
     SIZES,
     ClassAttentionBlock,
@@ -16,14 +24,17 @@ from xvit_minimal.model import (
     XViTBlock,
     cost,
 )
+from xvit_minimal.train import load_model
+
+ROOT = Path(__file__).parents[1]
 
 PINNED = {  # parameters and multiply-adds of one image at the size's own resolution
-    "xvit_pico": (280_466, 16_034_432),
-    "xvit_nano": (3_648_266, 876_203_904),
-    "xvit_tiny": (12_127_184, 2_355_672_576),
-    "xvit_small": (26_287_608, 4_920_843_264),
-    "xvit_medium": (47_691_960, 9_185_602_560),
-    "xvit_base": (84_423_112, 16_308_113_408),
+    "xvit_pico": (280_466, 15_444_608),
+    "xvit_nano": (3_648_266, 854_970_240),
+    "xvit_tiny": (12_127_184, 2_323_158_528),
+    "xvit_small": (26_287_608, 4_798_012_416),
+    "xvit_medium": (47_691_960, 9_062_771_712),
+    "xvit_base": (84_423_112, 16_089_747_456),
 }
 XCIT = {  # the model of XCiT that has a size's width, depth and heads
     "xvit_tiny": "xcit_tiny_24_p16_224",
@@ -44,7 +55,7 @@ def tiny(**changes):
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread():
-    """Tensors this small are quicker on one core, and leave the others to the tests that run beside these."""
+    """Tensors this small are quicker on one core, and leave the others to other tests."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -55,7 +66,7 @@ def images(*shape):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(1))
 
 
-# ------------------------------------------------------------------------------------------------------- size and cost
+# ------------------------------------------------------------------------------------ size and cost
 
 
 @pytest.mark.parametrize("name", SIZES)
@@ -76,22 +87,22 @@ def test_the_count_differs_from_timms_xcit_by_what_is_built_differently(name):
     with torch.device("meta"):
         parameters, multiply_adds = cost(timm.create_model(XCIT[name]), 224)
     C, h, depth, N = SIZES[name]["dim"], SIZES[name]["num_heads"], SIZES[name]["depth"], 14 * 14
-    # X-ViT: learned positions, two gammas a head and layer, and in each of two class-attention blocks a query, an
-    # output projection and products of d x d for every token.  XCiT: Fourier positions through a layer of 64 -> C,
-    # biases of q, k and v, one temperature a head and body layer, and in its class attention one query.
+    # X-ViT: learned positions, two gammas a head and layer, and in each of two class-attention
+    # blocks a product of d x d for every token and one for the query.  XCiT: Fourier positions
+    # through a layer of 64 -> C, biases of q, k and v, one temperature a head and body layer, and
+    # in its class attention two products of one query with every token.
     more_parameters = (N * C + 2 * h * (depth + 2)) - (65 * C + 3 * C * (depth + 2) + h * depth)
-    more_multiply_adds = 2 * (2 * N * C**2 + 2 * (N + 1) * C * (C // h - 1)) - 64 * C * N
+    more_multiply_adds = 2 * ((N + 2) * C * (C // h) - 2 * (N + 1) * C) - 64 * C * N
     assert PINNED[name] == (parameters + more_parameters, multiply_adds + more_multiply_adds)
-    assert (
-        abs(more_parameters) < 0.01 * parameters and 0 < more_multiply_adds < 0.03 * multiply_adds
-    )
+    assert abs(more_parameters) < 0.01 * parameters
+    assert abs(more_multiply_adds) < 0.001 * multiply_adds
 
 
 @pytest.mark.parametrize(
-    "attention, products",
+    "attention, products",  # of M queries and N tokens
     [
-        (XNormAttention, lambda N, C, d: 2 * N * C * d),
-        (SoftmaxAttention, lambda N, C, d: 2 * N * N * C),
+        (XNormAttention, lambda M, N, C, d: N * C * d + M * C * d),
+        (SoftmaxAttention, lambda M, N, C, d: 2 * M * N * C),
     ],
 )
 def test_cost_equals_a_count_by_hand(attention, products):
@@ -107,8 +118,9 @@ def test_cost_equals_a_count_by_hand(attention, products):
     reader = (residual + layer) + (residual + mlp)
     parameters = stem + N * C + body + C + reader + 2 * C + C * classes + classes
     in_stem = 8 * 8 * 8 * 27 + 4 * 4 * 16 * 72
-    in_body = 4 * N * C * C + products(N, C, C // h) + 2 * 9 * N * C + 8 * N * C * C
-    in_reader = 4 * (N + 1) * C * C + products(N + 1, C, C // h) + 8 * C * C
+    in_body = 4 * N * C * C + products(N, N, C, C // h) + 2 * 9 * N * C + 8 * N * C * C
+    # the class token alone asks: one query, one row to project
+    in_reader = 2 * (N + 1) * C * C + 2 * C * C + products(1, N + 1, C, C // h) + 8 * C * C
     assert cost(built, 16) == (parameters, in_stem + in_body + in_reader + C * classes)
 
 
@@ -120,7 +132,7 @@ def test_cost_leaves_the_model_as_it_was():
     assert all(torch.equal(value, before[name]) for name, value in built.state_dict().items())
 
 
-# ------------------------------------------------------------------------------------------------------- any input size
+# ----------------------------------------------------------------------------------- any input size
 
 
 @pytest.mark.parametrize("class_depth", [0, 1, 2])
@@ -154,7 +166,7 @@ def test_an_image_is_padded_with_zeros_at_its_end():
 
 
 def test_one_token_in_training_is_refused_by_batch_norm():
-    """As the docstring says: a batch with a single token has no variance to divide by. In eval it works."""
+    """As the docstring says: a single token has no variance to divide by. In eval it works."""
     built, x = tiny(), images(1, 3, 1, 1)
     assert built(x).isfinite().all()
     with pytest.raises(ValueError, match="more than 1 value per channel"):
@@ -168,7 +180,123 @@ def test_an_image_of_zeros_has_finite_outputs_and_gradients():
     assert all(p.grad.isfinite().all() for p in built.parameters())
 
 
-# ----------------------------------------------------------------------------------------------------------- positions
+# ---------------------------------------------------------------------- pictures of different sizes
+
+OWN_SIZES = [(16, 16), (9, 30), (1, 1), (28, 3), (13, 32)]
+
+
+def padded(sizes, fill, height=30, width=35):
+    """Pictures of these sizes, one tensor, `fill` beside them."""
+    x = torch.full((len(sizes), 3, height, width), fill, dtype=torch.float64)
+    for n, (h, w) in enumerate(sizes):
+        x[n, :, :h, :w] = images(3, h + n, w)[:, n:].double()
+    return x, torch.tensor(sizes)
+
+
+def unsettle(built):
+    """BatchNorms and positions as training may leave them, so that nothing is 0 by chance."""
+    for module in built.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.weight), nn.init.normal_(module.bias)
+            nn.init.normal_(module.running_mean), nn.init.uniform_(module.running_var, 0.5, 2)
+    nn.init.normal_(built.positions)
+    return built.double()
+
+
+@pytest.mark.parametrize("stem_stride", [2, 4, 8])
+@pytest.mark.parametrize("class_depth", [0, 1])
+@pytest.mark.parametrize("name", [*ATTENTIONS, *VARIANTS])
+def test_a_picture_does_not_depend_on_what_it_is_batched_with(name, class_depth, stem_stride):
+    attention = (ATTENTIONS | VARIANTS)[name]
+    if attention is NoMixing and class_depth:
+        pytest.skip("such a model is refused")
+    built = unsettle(tiny(attention=attention, class_depth=class_depth, stem_stride=stem_stride))
+    x, sizes = padded(OWN_SIZES, math.nan)
+    together = built(x, sizes)
+    for n, (h, w) in enumerate(OWN_SIZES):
+        alone = built(x[n : n + 1, :, :h, :w])[0]
+        torch.testing.assert_close(together[n], alone, rtol=1e-9, atol=1e-9)
+
+
+def test_tokens_of_a_picture_are_those_it_has_alone_and_zeros_follow():
+    built, (x, sizes) = unsettle(tiny(depth=3)), padded(OWN_SIZES, math.inf)
+    grids = built.forward_features(x, taps=(1, 3), sizes=sizes)
+    torch.testing.assert_close(grids[1], built.forward_features(x, sizes=sizes), rtol=0, atol=0)
+    for n, (h, w) in enumerate(OWN_SIZES):
+        for grid, own in zip(grids, built.forward_features(x[n : n + 1, :, :h, :w], taps=(1, 3))):
+            rows, columns = own.shape[2:]
+            torch.testing.assert_close(grid[n, :, :rows, :columns], own[0], rtol=1e-9, atol=1e-9)
+            assert not grid[n, :, rows:].any() and not grid[n, :, :, columns:].any()
+
+
+def test_a_picture_in_a_batch_has_the_positions_of_its_own_grid():
+    built = tiny(depth=0, img_size=32).double()  # a grid of 8 x 8
+    x, sizes = padded([(32, 32), (12, 20)], 0.0, 32, 32)
+    added = built.forward_features(x, sizes=sizes) - built.stem(x)
+    torch.testing.assert_close(added[:1], built.positions)
+    own = F.interpolate(built.positions, size=(3, 5), mode="bicubic", align_corners=False)
+    torch.testing.assert_close(added[1:, :, :3, :5], own)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("class_depth", [0, 1])
+def test_pictures_that_fill_the_tensor_need_no_sizes(training, class_depth):
+    built = unsettle(tiny(class_depth=class_depth)).train(training)
+    x, sizes = padded([(30, 35)] * 3, 0.0)
+    other = copy.deepcopy(built)
+    torch.testing.assert_close(built(x, sizes), other(x), rtol=1e-9, atol=1e-9)
+    for name, value in built.state_dict().items():
+        torch.testing.assert_close(value, other.state_dict()[name])
+
+
+def test_in_training_nothing_depends_on_what_the_padding_holds():
+    results = []
+    for fill, room in ((0.0, (30, 35)), (math.nan, (30, 35)), (7.0, (40, 70))):
+        built = unsettle(tiny(class_depth=1)).train()
+        out = built(*padded(OWN_SIZES, fill, *room))
+        out.logsumexp(1).sum().backward()
+        found = {name: p.grad for name, p in built.named_parameters()}
+        results.append({"out": out, **found, **dict(built.named_buffers())})
+    for result in results[1:]:
+        for name, value in result.items():
+            torch.testing.assert_close(value, results[0][name], rtol=1e-7, atol=1e-9)
+
+
+def test_batch_norm_counts_the_tokens_of_the_pictures_alone():
+    """The first norm of the stem, whose 15 x 17 and 4 x 2 places it sees side by side."""
+    built = tiny(stem_stride=2).double().train()
+    x, sizes = padded([(30, 34), (8, 3)], 5.0)
+    conv, norm = built.stem[0][0], copy.deepcopy(built.stem[0][1])
+    built(x, sizes)
+    seen = [
+        conv(F.pad(x[n : n + 1, :, :h, :w], (0, w % 2, 0, 0))) for n, (h, w) in enumerate(sizes)
+    ]
+    places = torch.cat([each.flatten(2)[0].T for each in seen])  # (n, C)
+    assert len(places) == 15 * 17 + 4 * 2
+    mean, var = places.mean(0), places.var(0)
+    torch.testing.assert_close(built.stem[0][1].running_mean, norm.running_mean + 0.1 * mean)
+    torch.testing.assert_close(built.stem[0][1].running_var, 0.9 * norm.running_var + 0.1 * var)
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        torch.tensor([[16, 16]]),
+        torch.tensor([16, 16]),
+        torch.tensor([[16, 16], [16, 17]]),
+        torch.tensor([[17, 16], [16, 16]]),
+        torch.tensor([[16, 16], [0, 16]]),
+        torch.tensor([[16, 16], [16, -1]]),
+        torch.tensor([[16.0, 16.0], [16.0, 16.0]]),
+        torch.tensor([[True, True], [True, True]]),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused(sizes):
+    with pytest.raises(ValueError, match=r"got sizes .* each picture's own height and width"):
+        tiny()(images(2, 3, 16, 16), sizes)
+
+
+# ---------------------------------------------------------------------------------------- positions
 
 
 def positions_seen(built, x):
@@ -220,7 +348,7 @@ def test_only_positions_and_neighbours_tell_one_token_from_another(class_depth):
         assert torch.allclose(built(x), built(shuffled), atol=1e-5) == blind, (lpi, positions)
 
 
-# --------------------------------------------------------------------------------------------------------------- parts
+# -------------------------------------------------------------------------------------------- parts
 
 
 def test_a_block_is_attention_then_neighbours_then_mlp():
@@ -290,6 +418,40 @@ def test_in_class_attention_only_the_class_token_asks():
     torch.testing.assert_close(block(token, tokens), expected)
 
 
+@pytest.mark.parametrize("name", [name for name in ATTENTIONS if name != "none"])
+def test_one_query_reads_what_the_first_row_of_all_would(name):
+    block = ClassAttentionBlock(12, 3, ATTENTIONS[name]).double()
+    token, tokens = images(2, 1, 12).double(), images(2, 9, 12).double() + 1
+    together = torch.cat([token, tokens], dim=1)
+    expected = token + block.attention(together)[:, :1]
+    torch.testing.assert_close(block(token, tokens), expected + block.mlp(expected))
+
+
+@pytest.mark.parametrize("file", ["cifar10"])
+def test_shipped_weights_read_as_before(file):
+    """Class attention once computed every row and kept the first."""
+    built, _ = load_model(ROOT / "book/weights" / f"{file}.safetensors")
+    x = images(4, 3, 32, 32)
+    with torch.no_grad():
+        tokens = built.forward_features(x).flatten(2).mT
+        token = built.class_token.expand(4, -1, -1)
+        for block in built.class_blocks:
+            token = token + block.attention(torch.cat([token, tokens], dim=1))[:, :1]
+            token = token + block.mlp(token)
+        torch.testing.assert_close(built(x), built.head(built.norm(token[:, 0])))
+    assert len(built.class_blocks) == 1
+
+
+def test_class_attention_of_a_softmax_costs_n_and_not_n_squared():
+    C, counts = 16, []
+    for tokens in (64, 128):
+        with torch.device("meta"), FlopCounterMode(display=False) as counter:
+            block = ClassAttentionBlock(C, 2, SoftmaxAttention)
+            block(torch.zeros(1, 1, C), torch.zeros(1, tokens, C))
+        counts.append(counter.get_total_flops() // 2)
+    assert counts[1] - counts[0] == 64 * (2 * C * C + 2 * C)  # keys, values and two products
+
+
 def test_class_depth_0_is_the_mean_over_the_tokens():
     built, x = tiny(class_depth=0), images(2, 3, 16, 20)
     assert built.class_token is None and len(built.class_blocks) == 0
@@ -318,7 +480,7 @@ def test_layer_scale_starts_as_in_xcit(depth, start):
     )
 
 
-# ------------------------------------------------------------------------------------------------------------ training
+# ----------------------------------------------------------------------------------------- training
 
 
 @pytest.mark.parametrize("class_depth", [0, 1, 2])
@@ -373,13 +535,84 @@ def test_compile_without_graph_breaks(training, side):
     assert all(p.grad.isfinite().all() for p in built.parameters())
 
 
+@pytest.mark.parametrize("name", ATTENTIONS)
+def test_one_compiled_model_takes_size_after_size(name):
+    """The second size makes dynamo try symbolic shapes, the third runs them."""
+    torch._dynamo.reset()
+    built = tiny(depth=1, attention=ATTENTIONS[name], class_depth=int(name in ("xnorm", "xca")))
+    compiled = torch.compile(built, fullgraph=True, backend="eager")
+    for size in [(16, 16), (24, 16), (17, 30), (5, 33)]:
+        x = images(2, 3, *size)
+        torch.testing.assert_close(compiled(x), built(x))
+
+
+def test_a_model_compiled_for_symbolic_shapes_from_the_start():
+    torch._dynamo.reset()
+    built = tiny(depth=1)
+    compiled = torch.compile(built, fullgraph=True, backend="eager", dynamic=True)
+    for size in [(16, 16), (48, 32), (17, 30), (5, 33)]:
+        x = images(2, 3, *size)
+        torch.testing.assert_close(compiled(x), built(x))
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_variant_of_xnorm_compiles_for_any_number_of_tokens(name):
+    torch._dynamo.reset()
+    built = VARIANTS[name](8, 2).eval()
+    compiled = torch.compile(built, fullgraph=True, backend="eager")
+    for tokens in (4, 9, 15, 2):
+        x = images(2, tokens, 8)
+        torch.testing.assert_close(compiled(x), built(x))
+
+
 def test_export_with_a_batch_of_any_size():
     built = tiny()
-    sizes = {"x": {0: torch.export.Dim("B", max=4096)}}  # torch 2.6 asks for an upper end
+    sizes = {"images": {0: torch.export.Dim("B", max=4096)}}  # torch 2.6 asks for an upper end
     exported = torch.export.export(built, (images(2, 3, 16, 16),), dynamic_shapes=sizes).module()
     for batch in (2, 3, 7):
         x = images(batch, 3, 16, 16)
         torch.testing.assert_close(exported(x), built(x))
+
+
+EXPORTED = [(16, 16), (24, 16), (16, 40), (17, 30), (5, 33), (64, 64)]
+
+
+@pytest.mark.parametrize("made_at", [(16, 16), (24, 20)])
+@pytest.mark.parametrize("class_depth", [0, 1])
+def test_one_exported_program_is_right_at_every_size(made_at, class_depth):
+    """The model's own size, 16 x 16, included, wherever it was exported: from two tokens a side."""
+    built = tiny(class_depth=class_depth)
+    anything = torch.export.Dim.DYNAMIC
+    sizes = {"images": {0: anything, 2: anything, 3: anything}}
+    exported = torch.export.export(built, (images(2, 3, *made_at),), dynamic_shapes=sizes).module()
+    for size in EXPORTED:
+        x = images(3, 3, *size)
+        torch.testing.assert_close(exported(x), built(x))
+
+
+@pytest.mark.filterwarnings("ignore")  # it warns of every check of a shape, and of its own age
+def test_one_traced_program_is_right_at_every_size():
+    built = tiny()
+    traced = torch.jit.trace(built, (images(2, 3, 16, 16),), check_trace=False)
+    for size in EXPORTED:
+        x = images(3, 3, *size)
+        torch.testing.assert_close(traced(x), built(x))
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_interpolating_positions_to_their_own_grid_changes_no_bit(kind):
+    positions = images(1, 8, 5, 9).mul(torch.logspace(-8, 4, 9)).to(kind)
+    same = F.interpolate(positions, size=(5, 9), mode="bicubic", align_corners=False)
+    assert torch.equal(same, positions)
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("class_depth", [0, 1])
+def test_a_whole_model_in_another_precision(kind, class_depth):
+    built, x = tiny(class_depth=class_depth), images(2, 3, 16, 20)
+    found = copy.deepcopy(built).to(kind)(x.to(kind))
+    assert found.dtype == kind
+    torch.testing.assert_close(found.float(), built(x), rtol=0.02, atol=0.02)
 
 
 def test_weights_survive_a_file(tmp_path):
@@ -392,7 +625,7 @@ def test_weights_survive_a_file(tmp_path):
     torch.testing.assert_close(other.eval()(x), built.eval()(x), atol=0, rtol=0)
 
 
-# -------------------------------------------------------------------------------------------------------------- errors
+# ------------------------------------------------------------------------------------------- errors
 
 
 @pytest.mark.parametrize(
@@ -419,9 +652,70 @@ def test_weights_survive_a_file(tmp_path):
             lambda: tiny()(torch.zeros(2, 3, 16, 16, dtype=torch.uint8)),
             ["torch.uint8", "float images", "normalize"],
         ),
+        (lambda: tiny(class_depth=-1), ["class_depth=-1", "whole number from 0 on"]),
+        (lambda: tiny(depth=-1), ["depth=-1", "whole number from 0 on"]),
+        (lambda: tiny(depth=2.0), ["depth=2.0", "whole number from 0 on"]),
+        (lambda: tiny(num_classes=0), ["num_classes=0", "whole number from 1 on"]),
+        (lambda: tiny(num_classes="5"), ["num_classes='5'", "whole number from 1 on"]),
+        (lambda: tiny(dim=0), ["dim=0", "whole number from 1 on"]),
+        (lambda: tiny(dim=16.0), ["dim=16.0", "whole number from 1 on"]),
+        (lambda: tiny(img_size=0), ["img_size=0", "whole number of pixels from 1 on"]),
+        (lambda: tiny(img_size=-32), ["img_size=-32", "from 1 on"]),
+        (lambda: tiny(img_size=32.0), ["img_size=32.0", "whole number of pixels"]),
+        (lambda: tiny(img_size="32"), ["img_size='32'", "whole number of pixels"]),
+        (lambda: tiny(img_size=(3, 32, 32)), ["(3, 32, 32)", "(height, width)"]),
+        (lambda: tiny(img_size=(32, 0)), ["(32, 0)", "(height, width)"]),
+        (lambda: tiny(img_size=(32,)), ["(32,)", "(height, width)"]),
+        (lambda: cost(tiny(), 0), ["img_size=0", "whole number of pixels"]),
+        (
+            lambda: tiny(attention=NoMixing),
+            ["NoMixing", "class_depth=1", "class_depth=0", "same answer"],
+        ),
     ],
 )
 def test_a_mistake_is_answered_with_what_to_do(build, words):
     with pytest.raises(ValueError) as error:
         build()
     assert all(word in str(error.value) for word in ["got", "expected", *words]), error.value
+
+
+@pytest.mark.parametrize(
+    "img_size", [np.int64(13), [13, 13], (np.int32(13), 13), torch.Size((13, 13))]
+)
+def test_an_image_size_is_any_whole_number(img_size):
+    assert tiny(img_size=img_size).positions.shape == (1, 16, 4, 4)
+    assert cost(tiny(), img_size) == cost(tiny(), 13)
+
+
+# ------------------------------------------------------------------------------------------- copied
+
+WITHOUT_US = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+COPIED = """
+import torch
+from {where}model import XViT
+from {where}baselines import XCA
+from {where}dense import SemanticFPN, XViTBackbone
+
+body = XViT(img_size=16, num_classes=3, dim=8, depth=1, num_heads=2, stem_stride=4, attention=XCA)
+assert body(torch.zeros(2, 3, 20, 16)).shape == (2, 3)
+assert SemanticFPN(XViTBackbone(body, 8), 2)(torch.zeros(2, 3, 40, 33)).shape == (2, 2, 40, 33)
+import sys
+assert not any(name.startswith("xvit_minimal") for name in sys.modules)
+"""
+
+
+@pytest.mark.parametrize(
+    "files", [("attention", "model"), ("attention", "model", "dense", "baselines")]
+)
+@pytest.mark.parametrize("how", ["as a package", "without an __init__", "loose"])
+def test_files_that_are_copied_side_by_side_work(tmp_path, how, files):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    for name in files:
+        (folder / f"{name}.py").write_bytes((ROOT / f"xvit_minimal/{name}.py").read_bytes())
+    if how == "as a package":
+        (folder / "__init__.py").touch()
+    program = COPIED if len(files) == 4 else "from {where}model import xvit_pico\nxvit_pico()"
+    program = program.format(where="" if how == "loose" else "mine.")
+    place = folder if how == "loose" else tmp_path
+    subprocess.run([sys.executable, "-c", program], cwd=place, env=WITHOUT_US, check=True)

@@ -1,18 +1,20 @@
-"""The figures on the landing page and in the README against the records, and the bench that writes the record."""
+"""The figures on the landing page and in the README, and the bench that measured them."""
 
 import copy
 import json
 import re
-import sys
 from functools import partial
 
+import bench
 import pytest
 import torch
-from test_book import ROOT
+from conftest import ROOT
 
-sys.path.insert(0, str(ROOT / "book/tools"))
-import bench  # noqa: E402
-import results  # noqa: E402
+pytest.importorskip("jinja2", reason="it fills the pages: pip install jinja2")
+pytest.importorskip("matplotlib", reason="it draws the figure: pip install matplotlib")
+pytest.importorskip("nbformat", reason="results.py imports sync.py: pip install nbformat")
+import jinja2
+import results
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +50,70 @@ def test_a_changed_record_is_reported(run):
 def test_an_unknown_part_of_a_page_is_refused(run):
     with pytest.raises(ValueError, match="unknown part 'sped', expected one of"):
         results.fill("<!-- from the records: sped -->\n<!-- end -->", run)
+
+
+def test_a_name_that_a_template_has_and_the_figures_lack_is_an_error(run, monkeypatch):
+    figures = results.figures(run)
+    del figures["study"]["attentions"][0]["percent"]
+    with pytest.raises(jinja2.UndefinedError, match="no attribute 'percent'"):
+        results.render("claims", **figures, links=True)
+    with pytest.raises(jinja2.UndefinedError, match="'links' is undefined"):
+        results.render("claims", **results.figures(run))
+
+
+def test_plain_claims_are_the_linked_ones_without_links(run):
+    parts = results.blocks(run)
+    assert "[6](part2/06_a_few_lines)" in parts["claims"]
+    assert re.sub(r"\[(\d+)\]\([^)]*\)", r"\1", parts["claims"]) == parts["claims, plain"]
+
+
+def test_a_column_for_the_gpu_waits_for_its_record(run):
+    figures = results.figures(run)
+    sides = figures["models"]["sides"]
+    sides[0]["gpu"] = {"ratio": 2.5}
+    sides[1]["gpu"] = {"ratio": None, "reason": "DeiT ran out of the GPU's memory"}
+    _, _, first, second, third, *_ = results.render("models", **figures).splitlines()
+    assert first.endswith("| 2.50× |") and second.endswith("| DeiT ran out of the GPU's memory |")
+    assert third.endswith("| not yet measured |")
+
+
+def test_models_are_called_slower_and_faster_only_where_they_are(run):
+    figures = results.figures(run)
+    assert figures["models"]["slower"] == [224, 384] and figures["models"]["faster"] == [1024]
+    text = results.render("models", **figures)
+    assert "slower than DeiT at 224 and 384 px and faster at 1,024 px:" in text
+    figures["models"] |= {"slower": [], "heavier": False}
+    text = results.render("models", **figures)
+    assert "slower" not in text and "memory at every size" not in text
+
+
+def test_records_of_held_out_epochs_and_older_ones_read_alike(run, monkeypatch):
+    record = results.record
+
+    def held_out(*name):
+        read = record(*name)
+        if read["kind"] == "train":
+            assert any(key.startswith("test_") for row in read["epochs"] for key in row)
+            read["epochs"] = [{"epoch": row["epoch"], "val_top1": 0.1} for row in read["epochs"]]
+        return read
+
+    expected = results.blocks(run)
+    monkeypatch.setattr(results, "record", held_out)
+    assert results.blocks(run) == expected
+
+
+def test_a_run_without_a_test_score_is_refused():
+    run = {"command": "python -m xvit_minimal.train", "results": [{"epoch": 1, "val_top1": 0.5}]}
+    with pytest.raises(ValueError, match="has epoch, val_top1, expected test_top1: let the run"):
+        results.percent(run, "top1")
+
+
+@pytest.mark.parametrize(
+    "number, digits, text",
+    [(4096, 0, "4,096"), (0.125, 2, "0.12"), (1234.56, 1, "1,234.6"), (-0.5, 1, "-0.5")],
+)
+def test_numbers_are_written_with_their_decimals(number, digits, text):
+    assert results.fixed(number, digits) == text
 
 
 def test_slopes_find_the_exponent():
@@ -155,7 +221,7 @@ def test_on_a_gpu_the_compiled_form_is_measured_against_the_rate_of_a_copy(
 
 
 def test_every_length_is_compiled_for_itself(monkeypatch):
-    """torch gives up compiling a function anew after eight shapes, and from then on runs it as it is."""
+    """torch gives up compiling a function anew after eight shapes, and then runs it as it is."""
     graphs = []
     monkeypatch.setattr(
         torch,

@@ -1,20 +1,23 @@
-"""The built book: its pages are there, ask nothing of the outside, link to what exists and show their mathematics.
+"""The built book: its pages are there, complete, and ask nothing of the outside.
 
-`make book` runs this file with --site _build/html after it has built; without --site, planted faults alone are tested.
+`make book` runs this file with --site _build/html after it has built; without --site, planted
+faults alone are tested.
 """
 
 import json
 import re
 import shutil
 import subprocess
-from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
+from conftest import ROOT
+
+pytest.importorskip("bs4", reason="the tests read pages: pip install beautifulsoup4")
+pytest.importorskip("yaml", reason="the book's contents are YAML: pip install pyyaml")
 import yaml
 from bs4 import BeautifulSoup
 
-ROOT = Path(__file__).resolve().parent.parent
 OUTSIDE = re.compile(r"(?:https?:)?//", re.I)
 LOADED = {"src", "srcset", "poster", "data"}  # attributes that a browser follows without a click
 LINKS = {
@@ -60,7 +63,7 @@ def problems_in_pages(site, root):
 
 
 def problems_in_requests(site):
-    """What a page loads by itself is a file of the site, and no script names another place to load from."""
+    """What a page loads by itself is a file of the site; no script names another place."""
     problems = []
     for page in pages(site):
         tree, name = soup(page), page.relative_to(site)
@@ -113,6 +116,7 @@ def problems_in_requests(site):
 def problems_in_colab_links(site, root):
     repository = yaml.safe_load((root / "_config.yml").read_text(encoding="utf-8"))["repository"]
     owner_and_name = repository["url"].removeprefix("https://github.com/").strip("/")
+    ours = f"https://colab.research.google.com/github/{owner_and_name}"
     problems = []
     for page in pages(site):
         own = page.relative_to(site).with_suffix(".ipynb").as_posix()
@@ -120,7 +124,7 @@ def problems_in_colab_links(site, root):
             a["href"]
             for a in soup(page).find_all("a", href=re.compile("colab.research.google.com"))
         ]
-        wanted = f"https://colab.research.google.com/github/{owner_and_name}/blob/{repository['branch']}/{own}"
+        wanted = f"{ours}/blob/{repository['branch']}/{own}"
         if (root / own).is_file() and wanted not in found:
             problems.append(
                 f"{page.relative_to(site)}: no link to {wanted}: see launch_buttons in _config.yml"
@@ -128,15 +132,16 @@ def problems_in_colab_links(site, root):
         for link in found:
             start, _, file = link.partition(f"/blob/{repository['branch']}/")
             there = (root / unquote(file)).is_file()
-            if start != f"https://colab.research.google.com/github/{owner_and_name}" or not there:
+            if start != ours or not there:
                 problems.append(
-                    f"{page.relative_to(site)}: {link} is no notebook of the repository _config.yml names"
+                    f"{page.relative_to(site)}: {link} is no notebook of the repository that "
+                    "_config.yml names"
                 )
     return problems
 
 
 def problems_in_text(site):
-    """Nothing is left unresolved, and no file's name has become the address of a stranger's site."""
+    """Nothing is left unresolved, and no file's name has become a stranger's address."""
     problems = []
     for page in pages(site):
         tree, name = soup(page), page.relative_to(site)
@@ -144,7 +149,8 @@ def problems_in_text(site):
             "a", href=re.compile(r"^https?://[\w.-]+\.(py|md|sh|ipynb|yml|json)/?$")
         ):
             problems.append(
-                f"{name}: {tag.text} became a link to {tag['href']}: set myst_linkify_fuzzy_links to false"
+                f"{name}: {tag.text} became a link to {tag['href']}: "
+                "set myst_linkify_fuzzy_links to false"
             )
         dead = [tag for tag in tree.select("span.xref.myst") if not tag.find_parent("a", href=True)]
         if dead or tree.select(".system-message, .problematic, .xref.broken"):
@@ -169,13 +175,14 @@ def problems_in_mathematics(site):
         local = [s for s in sources if not OUTSIDE.match(s) and (page.parent / s).is_file()]
         if tree.select(".math") and not local:
             problems.append(
-                f"{page.relative_to(site)}: no MathJax of the site's own typesets it (scripts: {sources})"
+                f"{page.relative_to(site)}: no MathJax of the site's own typesets it "
+                f"(scripts: {sources})"
             )
     return problems
 
 
 def problems_in_browser(page, folder):
-    """Open a page with the network off: what it asks for from outside, and the mathematics left as text."""
+    """Open a page with the network off: what it asks for, and the mathematics left as text."""
     log = folder / "net.json"
     command = [
         BROWSER,
@@ -225,11 +232,12 @@ def problems_in_browser(page, folder):
     )
 
 
-# ----------------------------------------------------------------------------------------- planted faults, clean site
+# ----------------------------------------------------------------------- planted faults, clean site
 
-CHAPTER = """<html><head><link rel="stylesheet" href="../../a.css?v=1"><link rel="canonical" href="https://example.org">
-<script src="../../mathjax/tex.js"></script></head><body><a href="https://arxiv.org">paper</a> <code>x??</code>
-<a href="https://colab.research.google.com/github/-nobody/tiny/blob/v1/book/part1/01_double.ipynb">Colab</a>
+COLAB = "https://colab.research.google.com/github/-nobody/tiny/blob/v1/book/part1/01_double.ipynb"
+CHAPTER = f"""<html><head><link rel="stylesheet" href="../../a.css?v=1">
+<link rel="canonical" href="https://example.org"><script src="../../mathjax/tex.js"></script></head>
+<body><a href="https://arxiv.org">paper</a> <code>x??</code> <a href="{COLAB}">Colab</a>
 <span class="math">\\(x\\)</span></body></html>"""
 
 
@@ -351,8 +359,8 @@ needs_browser = pytest.mark.skipif(
 def test_fault_in_the_browser_is_reported(tiny, tmp_path):
     page = tiny / "book/index.html"
     page.write_text(
-        "<p>$$ x $$ <span class='math'>\\(y\\)</span><script>setTimeout(() => {const s = new Image(); "
-        "s.src = 'https:' + '//cdn.example.org/late.png'}, 100)</script>",
+        "<p>$$ x $$ <span class='math'>\\(y\\)</span><script>setTimeout(() => {"
+        "const s = new Image(); s.src = 'https:' + '//cdn.example.org/late.png'}, 100)</script>",
         encoding="utf-8",
     )
     problems = "\n".join(problems_in_browser(page, tmp_path))
@@ -362,7 +370,7 @@ def test_fault_in_the_browser_is_reported(tiny, tmp_path):
     )
 
 
-# ------------------------------------------------------------------------------------------------------ the real site
+# ------------------------------------------------------------------------------------ the real site
 
 
 @pytest.mark.parametrize(

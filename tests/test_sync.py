@@ -1,46 +1,61 @@
-"""What the chapters share: the package they derive, the set-up cell, the contents, the references, the run records.
+"""What the chapters share: package, set-up cell, contents, references, records of runs.
 
-As in test_book.py, a check `problems_in_...` returns one sentence for each fault; here it is put to a whole repository.
+As in test_book.py, a check `problems_in_...` returns one sentence for each fault; here it is put to
+a whole repository.
 """
 
 import ast
 import copy
 import importlib.util
 import json
-import math
 import os
 import re
 import shutil
 import subprocess
 import sys
-from datetime import datetime
+from graphlib import TopologicalSorter
 
 import pytest
-import yaml
-from conftest import RECORD
-from test_book import MACHINE_PATH, ROOT, cells, labels, nodes, prose, read, where
+from conftest import ROOT
 
-_spec = importlib.util.spec_from_file_location("sync", ROOT / "book/tools/sync.py")
-sync = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(sync)
+pytest.importorskip("nbformat", reason="the tests of the book read notebooks: pip install nbformat")
+pytest.importorskip("yaml", reason="the book's contents are YAML: pip install pyyaml")
+import sync
+import yaml
+from test_book import cells, labels, nodes, prose, read, where
+from test_records import problems_in_records
 
 DEFINITION = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 ARROWS = {  # which of its own files a file of the package may import
-    "attention": set(),
-    "data": set(),
-    "record": set(),
-    "model": {"attention"},
-    "baselines": {"attention"},
-    "dense": set(),
-    "dense_data": {"data", "dense"},
-    "recipe": {"baselines", "data", "model"},
-    "tasks": {"data", "dense", "dense_data", "model", "recipe"},
-    "train": {"dense", "model", "recipe", "record", "tasks"},
+    "attention": "",
+    "baselines": "attention",
+    "model": "attention",
+    "dense": "model",
+    "images": "",
+    "augment": "images",
+    "shapes": "images",
+    "listing": "",
+    "splits": "images",
+    "data": "images listing shapes splits",
+    "masks": "dense images listing splits",
+    "boxes": "images listing masks splits",
+    "dense_data": "boxes data dense images masks shapes splits",
+    "distributed": "",
+    "matching": "distributed",
+    "memory": "",
+    "optimization": "",
+    "packages": "",
+    "record": "",
+    "recipe": "augment baselines model",
+    "command_line": "recipe",
+    "tasks": "augment data dense dense_data distributed images matching model packages recipe",
+    "weights": "dense images model packages recipe tasks",
+    "run": "distributed memory recipe record tasks weights",
+    "train": "command_line dense distributed model optimization recipe record run tasks weights",
 }
-COPIED = {
-    "attention": {"torch"},
-    "model": {"torch", "torchvision"},
-}  # what a file that people copy out may need
+ARROWS = {file: set(others.split()) for file, others in ARROWS.items()}
+# what a file that people copy out may need
+COPIED = {"attention": {"torch"}, "model": {"torch", "torchvision"}}
 
 
 def notebooks(root):
@@ -62,7 +77,7 @@ def package_cells(root):
     ]
 
 
-# --------------------------------------------------------------------------------------- the package and the chapters
+# --------------------------------------------------------------------- the package and the chapters
 
 
 def problems_in_shown_code(root):
@@ -82,7 +97,8 @@ def problems_in_shown_code(root):
             name = sync.defined_name(node)
             if name is None or name not in known:
                 problems.append(
-                    f"{where(path, i)}: {ast.unparse(node)[:40]!r} is no definition of {file}: move it"
+                    f"{where(path, i)}: {ast.unparse(node)[:40]!r} is no definition of {file}: "
+                    "move it"
                 )
             elif ast.dump(node) != ast.dump(known[name]):
                 problems.append(f"{where(path, i)}: {name} differs from {file}: run make notebooks")
@@ -96,7 +112,8 @@ def problems_in_shown_code(root):
             ]
             if marked and (marked != [0] or lines[0] != f"# {sync.package_file(cell)}"):
                 problems.append(
-                    f"{where(path, i)}: malformed path: make `# xvit_minimal/FILE.py` the first line"
+                    f"{where(path, i)}: malformed path: make `# xvit_minimal/FILE.py` the first "
+                    "line"
                 )
     return problems
 
@@ -124,8 +141,8 @@ def problems_in_coverage(root):
         public = {n.name for n in body if isinstance(n, DEFINITION) and not n.name.startswith("_")}
         public |= {sync.defined_name(n) for n in body} & (exported(body) | everywhere)
         problems += [
-            f"xvit_minimal/{module.name}: {name} is derived in no chapter: show it in a cell that starts with "
-            f"`# xvit_minimal/{module.name}`"
+            f"xvit_minimal/{module.name}: {name} is derived in no chapter: show it in a cell that "
+            f"starts with `# xvit_minimal/{module.name}`"
             for name in sorted(public)
             if (f"xvit_minimal/{module.name}", name) not in shown
         ]
@@ -139,8 +156,8 @@ def problems_in_setup(root):
         tagged = [i for i, c in enumerate(notebook.cells) if "setup" in c.metadata.get("tags", [])]
         if tagged != [1] or notebook.cells[1].source != sync.setup_source(root):
             problems.append(
-                f"{path.name}: set-up cells {tagged}: tag the second cell setup, and no other, and run "
-                "make notebooks, which fills it"
+                f"{path.name}: set-up cells {tagged}: tag the second cell setup, and no other, and "
+                "run make notebooks, which fills it"
             )
         try:
             if changed := sync.rewrite(copy.deepcopy(notebook), root):
@@ -198,7 +215,7 @@ def test_second_setup_cell_is_reported(tree, chapter):
 
 
 def run_setup(monkeypatch, folder, source, modules=()):
-    """What the first part of the set-up cell does in a folder where the package is not installed: the commands it runs."""
+    """The commands that the set-up cell runs in a folder where the package is not installed."""
     commands = []
 
     def run(command, real=subprocess.run):
@@ -209,7 +226,7 @@ def run_setup(monkeypatch, folder, source, modules=()):
             else subprocess.CompletedProcess(command, 0)
         )
 
-    cell = sync.setup_source(ROOT).split("for name, pip_name in")[0]
+    cell = sync.setup_source(ROOT).split("NEEDED = ")[0]
     cell = re.sub(r'SOURCE = ".*"', f'SOURCE = "{source}"', cell)
     with monkeypatch.context() as patch:
         for module in modules:
@@ -241,7 +258,7 @@ def test_setup_on_colab_clones_the_pinned_ref_and_leaves_torch_alone(tmp_path, m
         run_setup(monkeypatch, here, f"file://{origin}@v1")
 
 
-# --------------------------------------------------------------------------------------- labels, contents, references
+# --------------------------------------------------------------------- labels, contents, references
 
 
 def problems_in_labels(root):
@@ -315,7 +332,8 @@ def problems_in_references(root):
         for i in sorted({*found} - {*keys})
     ]
     problems += [
-        f"book/references.bib: {key} is cited nowhere: link https://arxiv.org/abs/{i} or take it out"
+        f"book/references.bib: {key} is cited nowhere: link https://arxiv.org/abs/{i} or take it "
+        "out"
         for i, key in keys.items()
         if key not in cited and not any(i in found for found in linked.values())
     ]
@@ -325,7 +343,8 @@ def problems_in_references(root):
             re.findall(r"(?m)^\s*:alt: *\S", source)
         ):
             problems.append(
-                f"{name}: an image without alt text: write ![what is seen](...) or :alt: what is seen"
+                f"{name}: an image without alt text: write ![what is seen](...) "
+                "or :alt: what is seen"
             )
     return problems
 
@@ -371,152 +390,13 @@ def test_unknown_label_in_prose_is_reported(tree, chapter):
     assert "(eq-triple) is no equation" in "\n".join(problems_in_labels(tree))
 
 
-# -------------------------------------------------------------------------------------------------------- run records
-
-
-def finite(value):
-    """Whether a number, or every number inside lists and objects, is finite."""
-    if isinstance(value, (dict, list)):
-        return all(finite(v) for v in (value.values() if isinstance(value, dict) else value))
-    return not isinstance(value, float) or math.isfinite(value)
-
-
-def number(value):
-    return type(value) in (int, float) and finite(value)
-
-
-def iso(text):
-    try:
-        return bool(datetime.fromisoformat(text.replace("Z", "+00:00")))
-    except (AttributeError, ValueError):
-        return False
-
-
-def has(fields, maybe_null=()):
-    return lambda value: (
-        isinstance(value, dict)
-        and all(value.get(key) is not None for key in fields.split())
-        and all(key in value for key in maybe_null)
-    )
-
-
-def objects(value):
-    return isinstance(value, list) and bool(value) and all(isinstance(v, dict) for v in value)
-
-
-EVERY_RUN = {  # key: (what it has to be, in words)
-    "kind": (lambda v: v in ("bench", "train", "evaluate"), '"bench", "train" or "evaluate"'),
-    "command": (
-        lambda v: isinstance(v, str) and v.split(" ")[0] in ("python", "make"),
-        "a command of python or make",
-    ),
-    "config": (lambda v: isinstance(v, dict), "an object"),
-    "seed": (lambda v: type(v) is int, "an integer"),
-    "commit": (
-        lambda v: bool(re.fullmatch(r"[0-9a-f]{7,40}", str(v))),
-        "a commit's hash: commit, then run again",
-    ),
-    "versions": (has("python torch"), "an object with python and torch"),
-    "hardware": (
-        has("cpu cores", ("gpu", "driver")),
-        "an object with cpu, cores, gpu, driver (or null, null)",
-    ),
-    "started": (iso, "a date and time in ISO 8601"),
-    "wall_seconds": (lambda v: number(v) and v > 0, "a positive number"),
-    "results": (
-        lambda v: objects(v) and all(any(map(number, r.values())) for r in v),
-        "a list of objects with numbers",
-    ),
-}
-TRAINING = {
-    "data": (has("name copy splits"), "an object with name, copy and splits"),
-    "epochs": (objects, "a list of objects, one an epoch"),
-    **dict.fromkeys(
-        ("parameters", "multiply_adds", "peak_memory_bytes"), EVERY_RUN["wall_seconds"]
-    ),
-}
-OPTIONAL = {"slopes"}  # fitted to the rows of a bench
-
-
-def problems_in_records(root):
-    problems = []
-    for path in sorted((root / "book/runs").rglob("*.json")):
-        text = path.read_text(encoding="utf-8")
-        try:
-            record = json.loads(text)
-        except ValueError as error:
-            record = error
-        if not isinstance(record, dict):
-            problems.append(f"{path.name}: no JSON object ({record!r:.60}): record the run again")
-            continue
-        wanted = {**EVERY_RUN, **(TRAINING if record.get("kind") == "train" else {})}
-        problems += [
-            f"{path.name}: {key} is {record.get(key)!r:.60}, expected {words}"
-            for key, (fits, words) in wanted.items()
-            if not fits(record.get(key))
-        ]
-        problems += [
-            f"{path.name}: unknown key {key}: take it out or add it to tests/test_sync.py"
-            for key in record
-            if key not in {*wanted, *OPTIONAL}
-        ]
-        if not finite(record):
-            problems.append(
-                f"{path.name}: a number is not finite: record null, and why, or mend the run"
-            )
-        if found := MACHINE_PATH.search(text):
-            problems.append(
-                f"{path.name}: names a place on one machine ({found[0]}...): take it out"
-            )
-    return problems
-
-
-@pytest.mark.parametrize(
-    "key, value",
-    [
-        *[(key, None) for key in {**EVERY_RUN, **TRAINING}],
-        ("command", ""),
-        ("command", "rm -rf"),
-        ("seed", True),
-        ("commit", "0123abcd-dirty"),
-        ("hardware", {"cpu": "some", "cores": 2}),
-        ("versions", {"python": "3.12"}),
-        ("hardware", {"cpu": None, "cores": 2, "gpu": None, "driver": None}),
-        ("started", "now"),
-        ("wall_seconds", -1),
-        ("results", []),
-        ("results", [{"accuracy": "high"}]),
-        ("epochs", [{"loss": float("nan")}]),
-        ("config", {"data": "/home/ada/data"}),
-        ("accuracy", 0.5),
-    ],
-)
-def test_fault_in_a_record_is_reported(tree, key, value):
-    (tree / "book/runs/two.json").write_text(json.dumps({**RECORD, key: value}), encoding="utf-8")
-    assert "two.json" in "\n".join(problems_in_records(tree))
-
-
-def test_damaged_record_is_reported(tree):
-    (tree / "book/runs/two.json").write_text('{"kind": "ben', encoding="utf-8")
-    assert "no JSON object" in "\n".join(problems_in_records(tree))
-
-
-# ----------------------------------------------------------------------------------------------------- the repository
+# ----------------------------------------------------------------------------------- the repository
 
 
 def files(root):
-    """The files of the repository: what git tracks or would add, or, without git, all but what is made or fetched."""
+    """What git tracks or would add; without git, all but what is made or fetched."""
     if (root / ".git").exists() and shutil.which("git"):
-        command = [
-            "git",
-            "-C",
-            root,
-            "ls-files",
-            "-z",
-            "--cached",
-            "--others",
-            "--exclude-standard",
-        ]
+        command = ["git", "-C", root, *"ls-files -z --cached --others --exclude-standard".split()]
         if not (listing := subprocess.run(command, capture_output=True)).returncode:
             names = os.fsdecode(listing.stdout).split("\0")
             return [root / name for name in names if name and (root / name).is_file()]
@@ -547,11 +427,15 @@ def imports(module):
             )
 
 
+def test_the_package_is_imported_in_one_direction():
+    TopologicalSorter(ARROWS).prepare()  # raises CycleError
+
+
 def problems_in_repository(root):
     most = {".safetensors": 5_000_000}  # weights that ship with the book
     problems = [
-        f"{p.relative_to(root)}: {p.stat().st_size:,} bytes, more than {most.get(p.suffix, 1_000_000):,}: make it "
-        "smaller or fetch it"
+        f"{p.relative_to(root)}: {p.stat().st_size:,} bytes, "
+        f"more than {most.get(p.suffix, 1_000_000):,}: make it smaller or fetch it"
         for p in files(root)
         if p.stat().st_size > most.get(p.suffix, 1_000_000)
     ]
@@ -568,7 +452,8 @@ def problems_in_repository(root):
         for top, own in imports(module):
             if own is not None and own not in ARROWS.get(module.stem, set()):
                 problems.append(
-                    f"xvit_minimal/{module.name}: imports {own} of the package, against its one direction"
+                    f"xvit_minimal/{module.name}: imports {own} of the package, "
+                    "against its one direction"
                 )
             elif (
                 own is None and top not in COPIED.get(module.stem, {top}) | sys.stdlib_module_names
@@ -611,9 +496,12 @@ numbers = [number for result in results for number in result.flatten().tolist()]
 
 
 def numbers_of_copy(file, folder):
-    """Copy one file into an empty folder and use it from a new process to which the package is not there."""
+    """Copy one file into an empty folder and use it from a process that has no package."""
     shutil.copy(file, folder / "attention.py")
-    script = f"import sys\nsys.modules['xvit_minimal'] = None\nimport attention\n{NUMBERS}\nprint(numbers)"
+    script = (
+        "import sys\nsys.modules['xvit_minimal'] = None\nimport attention\n"
+        f"{NUMBERS}\nprint(numbers)"
+    )
     run = subprocess.run(
         [sys.executable, "-E", "-c", script], cwd=folder, capture_output=True, text=True
     )
@@ -642,7 +530,7 @@ def test_copy_that_needs_the_package_is_reported(tmp_path, line):
         numbers_of_copy(source, tmp_path)
 
 
-# ------------------------------------------------------------------------- a repository without a fault, the real one
+# ------------------------------------------------------- a repository without a fault, the real one
 
 CHECKS = [
     problems_in_shown_code,

@@ -1,4 +1,4 @@
-"""Training pictures changed at random: in batches for classification, one by one together with their masks or boxes."""
+"""Training pictures changed at random: in batches, or one by one with their masks or boxes."""
 
 import torch
 import torch.nn.functional as F
@@ -12,12 +12,14 @@ DENSE_AUGMENTATIONS = ("none", "flip", "crop")
 
 
 class Augment(nn.Module):
-    """Batches uint8 (B, 3, H, W) on any device -> float32 (B, 3, H, W) on it, changed at random and normalized.
+    """Batches uint8 (B, 3, H, W) on any device -> float32 (B, 3, H, W) on it, changed, normalized.
 
-    `how` is one of AUGMENTATIONS. All but "none" mirror each image with probability 1/2; "shift" then moves it by up to
-    an eighth of its side, "crop" enlarges a part of it, each by a draw of its own. "+randaugment" adds RandAugment (two
-    operations, magnitude 9) with one draw for every `group` images. `size`: the side of a crop, by default the images' own. All draws come from torch's global CPU generator.
-    Raises ValueError for another `how`, or a batch that is no uint8. Source: Cubuk et al., arXiv:1909.13719.
+    `how` is one of AUGMENTATIONS. All but "none" mirror each image with probability 1/2; "shift"
+    then moves it by up to an eighth of its side, "crop" enlarges a part of it to `size` (by default
+    the images' own), each by a draw of its own. "+randaugment" adds RandAugment (two operations,
+    magnitude 9) with one draw for every `group` images. All draws come from torch's global CPU
+    generator. Raises ValueError for another `how`, or a batch that is not uint8.
+    Source: Cubuk et al., arXiv:1909.13719.
     """
 
     def __init__(self, how="shift+randaugment", group=16, size=None):
@@ -32,7 +34,8 @@ class Augment(nn.Module):
     def forward(self, x):
         if x.ndim != 4 or x.shape[1] != 3 or x.dtype != torch.uint8:
             raise ValueError(
-                f"got a batch {x.dtype} {tuple(x.shape)}, expected torch.uint8 (B, 3, H, W), as load returns them"
+                f"got a batch {x.dtype} {tuple(x.shape)}, expected torch.uint8 (B, 3, H, W), as "
+                "load returns them: leave the images as bytes"
             )
         move, _, more = self.how.partition("+")
         if move != "none":
@@ -52,23 +55,21 @@ def flip(x):
 
 
 def shift(x, most):
-    """Each image of the batch (B, C, S, S) shifted by up to `most` pixels along both axes, its edge mirrored."""
+    """Each image of the batch (B, C, S, S) shifted by up to `most` pixels, its edge mirrored."""
     B, _, S, _ = x.shape
-    index = torch.arange(S) + torch.randint(
-        -most, most + 1, (2, B, 1)
-    )  # (2, B, S), from -most to S - 1 + most
+    by = torch.randint(-most, most + 1, (2, B, 1))
+    index = torch.arange(S) + by  # (2, B, S), from -most to S - 1 + most
     rows, columns = (S - 1 - (S - 1 - index.abs()).abs()).to(x.device)  # -1 is 1, and S is S - 2
     image = torch.arange(B, device=x.device)[:, None, None]
     return x.permute(0, 2, 3, 1)[image, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
 def resized_crop(x, size):
-    """A part of each image (35% to 100% of its area, sides 3:4 to 4:3), resized: (B, C, H, W) -> (B, C, size, size)."""
+    """A part of each image (35% to 100% of its area, sides 3:4 to 4:3) as (B, C, size, size)."""
     B, C = x.shape[:2]
     area, ratio = 0.35 + 0.65 * torch.rand(B), (4 / 3) ** (2 * torch.rand(B) - 1)
-    part = (
-        torch.stack([area * ratio, area / ratio], dim=1).sqrt().clamp(max=1)
-    )  # (B, 2): of the width, of the height
+    part = torch.stack([area * ratio, area / ratio], dim=1).sqrt()  # (B, 2): of width, of height
+    part = part.clamp(max=1)
     centre = (2 * torch.rand(B, 2) - 1) * (1 - part)  # the image reaches from -1 to 1
     theta = torch.cat([torch.diag_embed(part), centre[:, :, None]], dim=2).to(x.device)  # (B, 2, 3)
     grid = F.affine_grid(theta, [B, C, size, size], align_corners=False)
@@ -80,21 +81,21 @@ def resized_crop(x, size):
 
 
 class AugmentDense:
-    """A picture of its own size, with its mask or its boxes, changed at random. `size`: (height, width).
+    """A picture of its own size, with its mask or its boxes, changed at random.
 
     `how` is one of DENSE_AUGMENTATIONS: "flip" mirrors with probability 1/2; "crop" then cuts out a
-    part (25% to 100% of the area, its sides in the ratio of `size`, from 0.8 to 1.25 of it), makes it
-    `size` and changes brightness, contrast and saturation. Boxes are cut with their picture; one of
-    which a cut leaves less than 4 pixels, in width or height, is left out, and one that nothing cuts
-    stays, however small. Each picture has draws of its own, from torch's global CPU generator. The
-    changes are torchvision's. Raises ValueError for another `how`.
+    part (25% to 100% of the area; width to height as in `size`, (height, width), times 0.8 to
+    1.25), makes it `size` and changes brightness, contrast and saturation. Boxes are cut with their
+    picture; one of which a cut leaves less than 4 pixels, in width or height, is left out, and one
+    that nothing cuts stays, however small. Each picture has draws of its own, from torch's global
+    CPU generator. The changes are torchvision's. Raises ValueError for another `how`.
     """
 
     def __init__(self, how, size):
         if how not in DENSE_AUGMENTATIONS:
             raise ValueError(
-                f"got augmentation {how!r}, expected one of {', '.join(DENSE_AUGMENTATIONS)} for dense "
-                "prediction"
+                f"got augmentation {how!r}, expected one of {', '.join(DENSE_AUGMENTATIONS)} for "
+                "dense prediction"
             )
         self.how, self.size = how, size
         ratio = size[1] / size[0]

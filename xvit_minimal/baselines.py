@@ -1,47 +1,85 @@
-"""Attentions to compare X-ViT's with: other methods', and its own with one thing changed, for chapter 13's ablation.
+"""Attentions to compare X-ViT's with: other methods', and its own with one thing changed.
 
-Every class has the same constructor, (dim, num_heads=8, qkv_bias=False), and maps (B, N, C) -> (B, N, C), so that
-`XViT(..., attention=XCA)` changes the attention and nothing else. q, k, v are (B, h, N, d): B the batch, h the heads, N the tokens, d the channels
-of a head.
-The formulas stand as in their sources, without X-ViT's care for float16: there the sums of LinearAttention, SimA and
-UnnormalizedAttention overflow when tokens are many. In bfloat16 and float32 none does.
+Every class has the constructor (dim, num_heads=8, qkv_bias=False) and XNormAttention's `forward`,
+so that `XViT(..., attention=XCA)` changes the attention and nothing else. q, k, v are (B, h, N, d):
+B the batch, h the heads, N the tokens, d the channels of a head. With `num_queries` q has M rows.
+
+The formulas stand as in their sources. Two things are added: padding, which is left out of every
+sum and norm, and range. In float16 `mix` runs in float32, and no norm has a smallest length.
+XCA and X-ViT's variants with both norms hold for inputs from 1e-18 to 1e16, as X-ViT does, and SimA
+where its output, of the order of v / N, is a number. LinearAttention, UnnormalizedAttention,
+XNormKVOnly and XNormQOnly keep the inputs' scale: in float32 the product of q, k, v and N has to
+stay below 3e38.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from .attention import SoftmaxAttention, XNormAttention, _split_heads, xnorm
+if __package__:
+    from .attention import (
+        SoftmaxAttention,
+        XNormAttention,
+        _computes_in_float16,
+        _drop,
+        _split_heads,
+        _unit_scale,
+        xnorm,
+    )
+else:  # copied out, and imported as a file by itself
+    from attention import (
+        SoftmaxAttention,
+        XNormAttention,
+        _computes_in_float16,
+        _drop,
+        _split_heads,
+        _unit_scale,
+        xnorm,
+    )
 
 
 class _Attention(SoftmaxAttention):
-    """SoftmaxAttention's linear maps and heads, with `mix` in the place of its softmax: (B, N, C) -> (B, N, C).
+    """SoftmaxAttention's linear maps and heads, with `mix` in the place of its softmax.
 
-    `mix` is what differs: q, k, v, each (B, h, N, d) -> (B, h, N, d). No mask.
-    Raises ValueError if `dim` is not a multiple of `num_heads`, or if an input does not fit.
+    `mix` is what differs: q (B, h, M, d), k and v (B, h, N, d) -> (B, h, M, d), M = N without
+    `num_queries`. Its `mask` is None or booleans (B, 1, N), True where a token is padding; q, k and
+    v are zero there.
     """
 
-    def forward(self, x):
-        q, k, v, _ = _split_heads(self, x, None)  # each (B, h, N, d)
-        return self.proj(self.mix(q, k, v).transpose(1, 2).flatten(2))  # (B, N, C)
+    needs_every_query = False  # whether the first queries' outputs depend on the other queries
+
+    def forward(self, x, key_padding_mask=None, num_queries=None):
+        asked = None if self.needs_every_query else num_queries
+        q, k, v, mask = _split_heads(self.qkv, self.num_heads, x, key_padding_mask, asked)
+        if mask is not None:
+            q, k, v = _drop(q, mask[..., : q.shape[-2]]), _drop(k, mask), _drop(v, mask)
+        out = self._mix_in_range(q, k, v, mask)[..., :num_queries, :]  # (B, h, M, d)
+        return self.proj(out.transpose(1, 2).flatten(2))  # (B, M, C)
+
+    def _mix_in_range(self, q, k, v, mask):
+        """`mix`, in float32 where float16 is asked for: there a sum over tokens overflows."""
+        if not _computes_in_float16(q):
+            return self.mix(q, k, v, mask)
+        with torch.autocast("cpu" if q.is_meta else q.device.type, enabled=False):
+            return self.mix(q.float(), k.float(), v.float(), mask).to(q.dtype)
 
 
 class XCA(_Attention):
-    """Cross-covariance attention, v softmax(τ q̂ᵀk̂)ᵀ, each channel of q̂ and k̂ with length 1 over the tokens.
+    """Cross-covariance attention, v softmax(τ q̂ᵀk̂)ᵀ; a channel of q̂ and k̂ has length 1 over tokens.
 
-    The softmax is over d x d, for each channel of the output. τ is one learnable number per head and starts at 1.
-    State-dict keys as in timm's. Source: XCiT, El-Nouby et al., arXiv:2106.09681.
+    The softmax is over d x d, for each channel of the output. τ is one learnable number per head
+    and starts at 1. State-dict keys as in timm's. Every query counts in the length of a channel.
+    Source: XCiT, El-Nouby et al., arXiv:2106.09681.
     """
+
+    needs_every_query = True
 
     def __init__(self, dim, num_heads=8, qkv_bias=False):
         super().__init__(dim, num_heads, qkv_bias)
         self.temperature = nn.Parameter(torch.ones(num_heads, 1, 1))
 
-    def mix(self, q, k, v):
-        q, k = (
-            F.normalize(q, dim=-2),
-            F.normalize(k, dim=-2),
-        )  # (B, h, N, d): each channel has unit length
+    def mix(self, q, k, v, mask=None):
+        q = (q * _unit_scale(q, dim=-2)).to(q.dtype)  # (B, h, N, d): each channel has unit length
+        k = (k * _unit_scale(k, dim=-2)).to(k.dtype)  # (B, h, N, d)
         weights = (self.temperature * (q.mT @ k)).softmax(-1)  # (B, h, d, d)
         return v @ weights.mT  # (B, h, N, d)
 
@@ -49,62 +87,76 @@ class XCA(_Attention):
 class LinearAttention(_Attention):
     """φ(q)(φ(k)ᵀv) / (φ(q) Σφ(k)) with φ = elu + 1: each output is a mean of the values.
 
-    Where φ rounds to zero, the output is zero. Source: Katharopoulos et al., arXiv:2006.16236.
+    Where φ(q)·Σφ(k) is below 1e-20 the output is zero.
+    Source: Katharopoulos et al., arXiv:2006.16236.
     """
 
-    def mix(self, q, k, v):
-        q, k = F.elu(q) + 1, F.elu(k) + 1  # (B, h, N, d): positive
+    def mix(self, q, k, v, mask=None):
+        q, k = self.phi(q), self.phi(k)  # (B, h, N, d): positive
+        if mask is not None:
+            k = _drop(k, mask)  # φ(0) = 1
         total = q @ k.sum(-2, keepdim=True).mT  # (B, h, N, 1)
-        return q @ (k.mT @ v) / total.clamp(min=1e-6)  # (B, h, N, d)
+        return q @ (k.mT @ v) / total.masked_fill(total < 1e-20, float("inf"))  # (B, h, N, d)
+
+    def phi(self, x):
+        """elu(x) + 1 without the digits that the 1 would round away: exp(x) or x + 1."""
+        return x.clamp(max=0).exp() + x.clamp(min=0)
 
 
 class EfficientAttention(_Attention):
-    """softmax(q) (softmax(k)ᵀ v), the first over the channels, the second over the tokens: again a mean of the values.
+    """softmax(q) (softmax(k)ᵀ v), over channels and over tokens: again a mean of the values.
 
     Source: Shen et al., arXiv:1812.01243.
     """
 
-    def mix(self, q, k, v):
+    def mix(self, q, k, v, mask=None):
+        if mask is not None:
+            k = k.masked_fill(mask.unsqueeze(-1), torch.finfo(k.dtype).min)  # weight 0
         return q.softmax(-1) @ (k.softmax(-2).mT @ v)  # (B, h, N, d)
 
 
 class SimA(_Attention):
-    """q̂(k̂ᵀv), each channel of q̂ and k̂ with L1 norm 1 over the tokens: the output is of the order of 1 / N.
+    """q̂(k̂ᵀv), a channel of q̂ and k̂ with L1 norm 1 over the tokens: an output of the order of 1 / N.
 
+    Every query counts in the norm of a channel.
     Source: Koohpayegani and Pirsiavash, arXiv:2206.08898.
     """
 
-    def mix(self, q, k, v):
-        q, k = F.normalize(q, p=1, dim=-2), F.normalize(k, p=1, dim=-2)  # (B, h, N, d)
+    needs_every_query = True
+
+    def mix(self, q, k, v, mask=None):
+        q, k = _unit_l1(q, dim=-2), _unit_l1(k, dim=-2)  # (B, h, N, d)
         return q @ (k.mT @ v)  # (B, h, N, d)
 
 
 class UnnormalizedAttention(_Attention):
-    """q(kᵀv) / N: X-ViT's factorization, with the mean over the tokens in the place of both norms."""
+    """q(kᵀv) / N: X-ViT's factorization, with the mean over the tokens instead of both norms."""
 
-    def mix(self, q, k, v):
-        return q @ (k.mT @ v) / k.shape[-2]  # (B, h, N, d)
+    def mix(self, q, k, v, mask=None):
+        return q @ (k.mT @ v / _tokens(k, mask))  # (B, h, N, d)
 
 
 class NoMixing(_Attention):
     """v: no token sees another. What a model reaches with it is what its other parts can do alone.
 
-    Give such a model class_depth=0: a class token that attends to itself alone never sees the image.
+    Give such a model class_depth=0: a class token that attends to itself never sees the image.
     """
 
-    def mix(self, q, k, v):
-        return v  # (B, h, N, d)
+    mixes_tokens = False
+
+    def mix(self, q, k, v, mask=None):
+        return v[..., : q.shape[-2], :]  # (B, h, N, d)
 
 
 class _XNormVariant(_Attention):
-    """XNormAttention in its clear form, γ_q q̂ · γ_kv (kᵀv)^: a subclass changes one thing, and the rest stays."""
+    """XNormAttention in its clear form, γ_q q̂ · γ_kv (kᵀv)^: a subclass changes one thing."""
 
     def __init__(self, dim, num_heads=8, qkv_bias=False):
         super().__init__(dim, num_heads, qkv_bias)
         self.gamma_q = nn.Parameter(torch.ones(num_heads, 1, 1))
         self.gamma_kv = nn.Parameter(torch.ones(num_heads, 1, 1))
 
-    def mix(self, q, k, v):
+    def mix(self, q, k, v, mask=None):
         return self.norm_q(q) @ self.norm_kv(k.mT @ v)  # (B, h, N, d)
 
     def norm_q(self, q):  # (B, h, N, d)
@@ -115,7 +167,7 @@ class _XNormVariant(_Attention):
 
 
 class XNormRows(_XNormVariant):
-    """The *rows* of kᵀv get length γ_kv, as in the public copies of the method, and not its columns."""
+    """The *rows* of kᵀv get length γ_kv, as in the public copies, and not its columns."""
 
     def norm_kv(self, kv):
         return xnorm(kv, self.gamma_kv, dim=-1)
@@ -142,7 +194,10 @@ class XNormSharedGamma(_XNormVariant):
 
 
 class XNormRandomGamma(XNormSharedGamma):
-    """One γ for both norms, drawn from a standard normal distribution, as in the public copies: some heads start near 0."""
+    """One γ for both norms, drawn from a standard normal distribution, as in the public copies.
+
+    Some heads start near 0.
+    """
 
     def __init__(self, dim, num_heads=8, qkv_bias=False):
         super().__init__(dim, num_heads, qkv_bias)
@@ -157,30 +212,42 @@ class XNormKVOnly(_XNormVariant):
 
 
 class XNormQOnly(_XNormVariant):
-    """No norm on kᵀv but the mean over the tokens: the output grows with the keys and the values."""
+    """No norm on kᵀv but the mean over the tokens: the output grows with keys and values."""
 
-    def mix(self, q, k, v):
-        return self.norm_q(q) @ (self.gamma_kv * (k.mT @ v) / k.shape[-2])  # (B, h, N, d)
+    def mix(self, q, k, v, mask=None):
+        return self.norm_q(q) @ (self.gamma_kv * (k.mT @ v) / _tokens(k, mask))  # (B, h, N, d)
 
 
 class XNormL1(_XNormVariant):
-    """L1 norms along the same axes: bounded too, but the output starts smaller, and no entry is a cosine."""
+    """L1 norms along the same axes: bounded too, but the output is smaller, and not a cosine."""
 
     def norm_q(self, q):
-        return self.gamma_q * F.normalize(q, p=1, dim=-1)  # (B, h, N, d)
+        return self.gamma_q * _unit_l1(q, dim=-1)  # (B, h, N, d)
 
     def norm_kv(self, kv):
-        return self.gamma_kv * F.normalize(kv, p=1, dim=-2)  # (B, h, d, d)
+        return self.gamma_kv * _unit_l1(kv, dim=-2)  # (B, h, d, d)
 
 
 class XNormCentred(_XNormVariant):
-    """LayerNorm's step first: the mean is taken off each vector, so that an output is a correlation, not a cosine."""
+    """LayerNorm's step first: the mean is taken off each vector, an output is a correlation.
 
-    def norm_q(self, q):
-        return xnorm(q - q.mean(-1, keepdim=True), self.gamma_q)  # (B, h, N, d)
+    A column of kᵀv loses its mean if each key does, and so before half precision rounds the sum.
+    """
 
-    def norm_kv(self, kv):
-        return xnorm(kv - kv.mean(-2, keepdim=True), self.gamma_kv, dim=-2)  # (B, h, d, d)
+    def mix(self, q, k, v, mask=None):
+        return super().mix(q - q.mean(-1, keepdim=True), k - k.mean(-1, keepdim=True), v)
+
+
+def _unit_l1(x, dim):
+    """x with L1 norm 1 along dim, or zero where its entries are; the sum is taken in float32."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    norm = x.abs().sum(dim, keepdim=True, dtype=dtype)
+    return (x / norm.masked_fill(norm < torch.finfo(dtype).tiny, float("inf"))).to(x.dtype)
+
+
+def _tokens(k, mask):
+    """How many tokens there are: a number, or (B, 1, 1, 1) if some of them are padding."""
+    return k.shape[-2] if mask is None else (~mask).sum(-1).clamp(min=1)[..., None, None]
 
 
 ATTENTIONS = {

@@ -28,11 +28,6 @@ def read_boxes(layout, folder, split, size, limit):
     training = listed_pictures(lists / "train.txt")
     annotations = in_threads(read_annotation, [folder / f"Annotations/{n}.xml" for n in training])
     found = dict(zip(training, annotations))
-    classes = tuple(sorted({kind for _, objects in annotations for kind, _ in objects}))
-    if not classes:
-        raise ValueError(
-            f"{folder / 'Annotations'}: no training picture has an object: draw boxes first"
-        )
     names = [name for part in parts for name in listed_pictures(lists / f"{part}.txt")]
     if cut:
         names = [names[n] for n in choose(split, [0] * len(names))]
@@ -41,40 +36,41 @@ def read_boxes(layout, folder, split, size, limit):
         raise ValueError(
             f"{folder}: got no picture, expected some: add files, or names to the list"
         )
+    classes = tuple(sorted({kind for _, objects in annotations for kind, _ in objects}))
+    if not classes:
+        raise ValueError(
+            f"{folder / 'Annotations'}: no training picture has an object: draw boxes first"
+        )
 
     def read(name):
         picture, file = folder / f"JPEGImages/{name}.jpg", folder / f"Annotations/{name}.xml"
         stated, objects = found.get(name) or read_annotation(file)
         if unknown := sorted({kind for kind, _ in objects} - {*classes}):
             raise ValueError(
-                f"{file}: got {unknown[0]!r}, expected one of {', '.join(classes)}, as in the training "
-                "part: correct it, or add such a box to a training picture"
+                f"{file}: got {unknown[0]!r}, expected one of {', '.join(classes)}, as in the "
+                "training part: correct it, or add such a box to a training picture"
             )
         whole = read_image(picture)  # (3, H, W)
         height, width = whole.shape[1:]
         _check_frame(file, stated, objects, width, height)
         image = fit(whole, size, square=False)
-        boxes = torch.tensor([box for _, box in objects], dtype=torch.float).reshape(
-            -1, 4
-        )  # (k, 4)
+        boxes = torch.tensor([box for _, box in objects], dtype=torch.float)
+        boxes = boxes.reshape(-1, 4)  # (k, 4), also where k is 0
         labels = torch.tensor([classes.index(kind) for kind, _ in objects], dtype=torch.int64)
         keep = (boxes[:, 2:] > boxes[:, :2]).all(1)  # (k,)
         boxes, labels = boxes[keep], labels[keep]
-        cut = (boxes.clamp(min=0) != boxes).any(1) | (
-            boxes > torch.tensor([width, height] * 2)
-        ).any(1)
-        edge = torch.tensor([image.shape[2], image.shape[1]] * 2)
-        boxes = boxes * (edge / torch.tensor([width, height] * 2))
-        boxes = torch.minimum(boxes.clamp(min=0), edge.float())
+        before = torch.tensor([width, height] * 2).float()
+        after = torch.tensor([image.shape[2], image.shape[1]] * 2).float()
+        cut = ((boxes < 0) | (boxes > before)).any(1)
+        boxes = torch.minimum((boxes * (after / before)).clamp(min=0), after)
         return image, boxes, labels, [int((~keep).sum()), int(cut.sum())]
 
     check_memory(8 * len(names) * size**2, f"{len(names):,} pictures of {size} x {size} pixels")
     images, boxes, labels, counts = zip(*in_threads(read, names))
     images, sizes = padded(images)
     empty, cut = (sum(count) for count in zip(*counts))
-    files = [
-        folder / place for n in names for place in (f"JPEGImages/{n}.jpg", f"Annotations/{n}.xml")
-    ]
+    places = ("JPEGImages/{}.jpg", "Annotations/{}.xml")
+    files = [folder / place.format(name) for name in names for place in places]
     content = digest(files)
     said = f"{empty} without width or height left out" + (f", {cut} cut at the edge" if cut else "")
     return ImageSet(
@@ -82,7 +78,8 @@ def read_boxes(layout, folder, split, size, limit):
         None,
         classes,
         layout or folder.resolve().name,
-        f"{len(names):,} pictures with {sum(map(len, boxes)):,} boxes ({said}), sha256 {content[:12]}",
+        f"{len(names):,} pictures with {sum(map(len, boxes)):,} boxes ({said}), sha256 "
+        f"{content[:12]}",
         boxes=list(boxes),
         box_labels=list(labels),
         sizes=sizes,
@@ -101,8 +98,8 @@ def read_annotation(file):
     """
     if not file.exists():
         raise ValueError(
-            f"{file}: missing, expected the boxes of the picture of that name: add it, with no object "
-            "if there is none, or take the name off the list"
+            f"{file}: missing, expected the boxes of the picture of that name: add it, with no "
+            "object if there is none, or take the name off the list"
         )
     try:
         root = ET.parse(file).getroot()
@@ -125,8 +122,9 @@ def read_annotation(file):
             raise ValueError(f"{file}: got the box {box} with an empty name: write its class")
         if not all(map(math.isfinite, box)) or x1 < x0 or y1 < y0:
             raise ValueError(
-                f"{file}: got the box {box} of {name!r}, expected finite numbers, {' '.join(CORNERS)}, "
-                "with xmin <= xmax and ymin <= ymax: correct it (are they a corner, width and height?)"
+                f"{file}: got the box {box} of {name!r}, expected finite numbers, "
+                f"{' '.join(CORNERS)}, with xmin <= xmax and ymin <= ymax: correct it (are they a "
+                "corner, width and height?)"
             )
     return stated if all(stated) else None, objects
 
@@ -135,9 +133,9 @@ def _check_frame(file, stated, objects, width, height):
     """Raise ValueError if an annotation's size or boxes show that it is of another frame."""
     if stated is not None and stated != (width, height):
         raise ValueError(
-            f"{file}: says {stated[0]} x {stated[1]} pixels, and its picture has {width} x {height}, "
-            "turned as its EXIF data say: draw the boxes on this picture, or save it the way they were "
-            "drawn, without EXIF data"
+            f"{file}: says {stated[0]} x {stated[1]} pixels, and its picture has {width} x "
+            f"{height}, turned as its EXIF data say: draw the boxes on this picture, or save it "
+            "the way they were drawn, without EXIF data"
         )
     for name, (x0, y0, x1, y1) in objects:
         if x1 <= x0 or y1 <= y0:
@@ -156,9 +154,9 @@ def _notes(boxes, labels, classes, empty, cut):
     small = int(((boxes[:, 2:] - boxes[:, :2]) < 4).any(1).sum())
     missing = [name for label, name in enumerate(classes) if not (labels == label).any()]
     told = [
-        (empty, f"{empty} boxes without width or height are left out"),
-        (cut, f"{cut} boxes reach beyond their picture and are cut at its edge"),
-        (small, f"{small} boxes are less than 4 pixels wide or high, resized with their picture"),
+        (empty, f"boxes without width or height, left out: {empty}"),
+        (cut, f"boxes that reach beyond their picture, cut at its edge: {cut}"),
+        (small, f"boxes less than 4 pixels wide or high once their picture is resized: {small}"),
         (missing, f"{len(missing)} of {len(classes)} classes have no box: {', '.join(missing)}"),
     ]
     return tuple(line for count, line in told if count)

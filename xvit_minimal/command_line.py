@@ -75,7 +75,7 @@ Without any option a small model learns drawn shapes: a laptop, about a minute, 
 Start a command again after it was stopped, by Ctrl-C or by force, and the run goes on from its last
 checkpoint. Numbers that no option gives are chosen for the training set, and printed."""
 
-_EPILOG = """examples, and what they took on one thread of a CPU (book/runs/train/):
+_EPILOG = """examples: what they took on one thread of a CPU (book/runs/train/):
   python -m xvit_minimal.train
       1 minute, 1.3 GB
   python -m xvit_minimal.train --data cifar10 --dim 96 --depth 4 --num-heads 4 --stem-stride 4
@@ -87,8 +87,8 @@ _EPILOG = """examples, and what they took on one thread of a CPU (book/runs/trai
   python -m xvit_minimal.train --task detection --data bccd --dim 96 --depth 4 --num-heads 4
       --lr 0.002
       35 minutes, 1.6 GB
-for a GPU; on a CPU xvit_nano takes 44 seconds a step of 512 pictures of 32 x 32 pixels, 110 hours for
-100 epochs of CIFAR-10, and 50 MB for each picture that is computed at once (--micro-batch):
+for a GPU; on one thread of a CPU xvit_nano takes 44 seconds a step of 512 pictures,
+110 hours for 100 epochs of CIFAR-10, and 50 MB a picture that is computed at once (--micro-batch):
   python -m xvit_minimal.train --data cifar10
   torchrun --nproc-per-node 8 -m xvit_minimal.train --data cifar10
 pictures of yours, in train/CLASS/* and test/CLASS/*:

@@ -1,7 +1,8 @@
 """Sets of images, each as one uint8 tensor: found on disk, downloaded or generated.
 
-A set is decoded once and held in memory as a whole, one byte a value: 154 MB for CIFAR-10's 50,000 training images,
-727 MB for Imagenette's 9,469 at 160 pixels. A batch is an index into it, on the CPU or on a GPU, without workers.
+A set is decoded once and held in memory as a whole, one byte a value: 154 MB for CIFAR-10's 50,000
+training images, 727 MB for Imagenette's 9,469 at 160 pixels. A batch is an index into it, on the
+CPU or on a GPU, without workers.
 """
 
 import difflib
@@ -29,11 +30,9 @@ from .listing import PASSED_OVER, check_names, files_below, is_picture, passed_o
 from .shapes import KINDS, generated, shapes
 from .splits import SPLITS, check_request, choose, parts_of
 
-__all__ = [  # with what lies in other files, so that `data` is all a reader has to import
+__all__ = [  # with what lies elsewhere: `data` is all a reader has to import
     "KINDS",
-    "KNOWN",
     "SPLITS",
-    "WNIDS",
     "ImageSet",
     "find",
     "fit",
@@ -44,7 +43,7 @@ __all__ = [  # with what lies in other files, so that `data` is all a reader has
     "stack",
 ]
 
-KNOWN = {  # name: (side in pixels, number of classes, torchvision's class, the folder in which that keeps the set)
+KNOWN = {  # name: (side in pixels, number of classes, torchvision's class, the folder it makes)
     "cifar10": (32, 10, datasets.CIFAR10, "cifar-10-batches-py"),
     "cifar100": (32, 100, datasets.CIFAR100, "cifar-100-python"),
     "imagenette": (160, 10, datasets.Imagenette, "imagenette2-160"),
@@ -65,17 +64,16 @@ WNIDS = {  # the names of Imagenette's class folders
 
 
 def load(name, split="train", size=None, limit=None, root="data"):
-    """The set `name` ("cifar10", "cifar100", "imagenette", "shapes", or a folder's path) as squares.
+    """A set as square images: "cifar10", "cifar100", "imagenette", "shapes" or a folder.
 
     A folder holds train/ and test/ (or val/), and each of them one folder for each class, whose
     pictures count however deep they lie. Hidden files are passed over, and those without the suffix
     of an image; `notes` says of how many that look like pictures. Where a named set is looked for:
-    see `find`; one that is not found is downloaded to `root`.
-    `split`: "train", "val", "test" or "train+val". With train/, val/ and test/ these are the folders;
-    else "val" is a tenth of each class of train/, always the same one, and "train" the rest. `shapes`
-    is drawn anew for each split, and its "train+val" is its "train". `size`: the side in pixels
-    (None: the set's own, 224 for a folder). `limit`: of that split only the first limit / classes
-    images of each class.
+    see `find`; one that is not found is downloaded to `root`. `split`: "train", "val", "test" or
+    "train+val". With train/, val/ and test/ these are the folders; else "val" is a tenth of each
+    class of train/, always the same one, and "train" the rest. `shapes` is drawn anew for each
+    split, and its "train+val" is its "train". `size`: the side in pixels (None: the set's own, 224
+    for a folder). `limit`: of that split only the first limit / classes images of each class.
     Raises ValueError, naming the file or folder, for what is missing, damaged or larger than the
     machine's memory.
     """
@@ -98,10 +96,11 @@ def side(name):
 
 
 def find(name, root="data", known=KNOWN):
-    """The folder of a set: in the folder that the environment variable XVIT_DATA names, else in `root`, else None.
+    """The folder of a set: in the one that the variable XVIT_DATA names, else in `root`, or None.
 
-    In either it may lie as torchvision keeps it (cifar-10-batches-py/) or in class folders (cifar10/train/CLASS/*). A
-    path to a folder stands for itself. Raises ValueError if nothing is there and the name is not one that is `known`.
+    In either it may lie as torchvision keeps it (cifar-10-batches-py/) or in class folders
+    (cifar10/train/CLASS/*). A path to a folder stands for itself. Raises ValueError if nothing is
+    there and the name is not one that is `known`.
     """
     if name not in known and (Path(name).is_dir() or len(Path(name).parts) > 1):
         return Path(name)
@@ -119,14 +118,14 @@ def find(name, root="data", known=KNOWN):
                 return folder
     if name not in known:
         raise ValueError(
-            f"got {name!r}, expected one of {', '.join(known)} or a folder: correct it (the nearest name is "
-            f"{difflib.get_close_matches(name, known, n=1, cutoff=0)[0]!r})"
+            f"got {name!r}, expected one of {', '.join(known)} or a folder: correct it (the "
+            f"nearest name is {difflib.get_close_matches(name, known, n=1, cutoff=0)[0]!r})"
         )
     return None
 
 
 def download(name, root, known=KNOWN):
-    """Let torchvision download the set, compare its checksum and unpack it; only then move it into `root`."""
+    """Let torchvision download and check and unpack the set; only then move it into `root`."""
     torchvision_class, base = known[name][2:]
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -138,19 +137,20 @@ def download(name, root, known=KNOWN):
     except (OSError, RuntimeError) as error:
         raise ValueError(
             f"{name} is not on this machine, and its download failed ({error}): put {base}/, as "
-            "torchvision unpacks it (or what data/README.md says is read as well), into a folder that XVIT_DATA "
-            f"names, or into {root}/; or take the set that is generated, --data shapes"
+            "torchvision unpacks it (or what data/README.md says is read as well), into a folder "
+            f"that XVIT_DATA names, or into {root}/; or take the set that is generated, --data "
+            "shapes"
         ) from error
 
 
 def _read_cifar(name, folder, split, size, limit):
-    """torchvision's files: pickles, which can run code, so it checks their sums before it opens them."""
+    """torchvision's files. They are pickles, which can run code: it checks their sums before."""
     try:
         data = KNOWN[name][2](folder.parent, train=split != "test")
     except (RuntimeError, OSError) as error:
         raise ValueError(
-            f"{folder}: a file is missing or damaged, its checksum is not the one torchvision knows: "
-            "delete the folder and load again, or unpack the original archive there"
+            f"{folder}: a file is missing or damaged, its checksum is not the one torchvision "
+            "knows: delete the folder and load again, or unpack the original archive there"
         ) from error
     classes, targets = tuple(data.classes), np.array(data.targets)
     keep = np.arange(len(targets)) if split == "test" else choose(split, targets)
@@ -227,8 +227,8 @@ def _class_names(folder, parts, expected):
     for part in parts:
         if not (folder / part).is_dir():
             raise ValueError(
-                f"{folder / part}: no such folder, expected train/CLASS/*.png and test/CLASS/*.png (or "
-                "val/): add it"
+                f"{folder / part}: no such folder, expected train/CLASS/*.png and "
+                "test/CLASS/*.png (or val/): add it"
             )
     names = {
         part: sorted(
@@ -241,13 +241,13 @@ def _class_names(folder, parts, expected):
     for part, others in names.items():
         if differ := sorted({*classes} ^ {*others}):
             raise ValueError(
-                f"{folder}: got classes {differ} in only one of {parts[0]}/ and {part}/, expected the "
-                "same in all parts: add or remove their folders"
+                f"{folder}: got classes {differ} in only one of {parts[0]}/ and {part}/, expected "
+                "the same in all parts: add or remove their folders"
             )
     if not classes or expected and len(classes) != expected:
         raise ValueError(
-            f"{folder / parts[0]}: got {len(classes)} class folders, expected {expected or 'some'}: "
-            "complete them"
+            f"{folder / parts[0]}: got {len(classes)} class folders, expected "
+            f"{expected or 'some'}: complete them"
         )
     return classes
 
@@ -257,7 +257,8 @@ def _first(labels, limit, classes):
     each = len(labels) if limit is None else limit // classes
     if each < 1:
         raise ValueError(
-            f"got limit={limit}, expected at least one image for each of the {classes} classes: raise it"
+            f"got limit={limit}, expected at least one image for each of the {classes} classes: "
+            "raise it"
         )
     labels = np.asarray(labels)
     return np.sort(np.concatenate([np.flatnonzero(labels == c)[:each] for c in range(classes)]))

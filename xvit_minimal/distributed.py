@@ -1,4 +1,4 @@
-"""Several processes that train one model: who is who, sums over all of them, and BatchNorm over all their batches."""
+"""Several processes that train one model: who is who, sums, and BatchNorm over all of them."""
 
 import torch
 import torch.distributed as dist
@@ -23,27 +23,33 @@ def total(tensor):
 
 
 class SyncBatchNorm2d(nn.BatchNorm2d):
-    """BatchNorm over the batches of all processes, so that n of them compute what one would; on any device."""
+    """BatchNorm over the batches of all processes, so that n of them compute what one would.
+
+    For CPUs, where torch has none. The mean comes first and the squares of what deviates from it
+    second: E[x²] - E[x]² would cancel. The processes' batches may differ in size.
+    """
 
     def forward(self, x):
         if not self.training:
             return super().forward(x)
         y = x.to(torch.promote_types(x.dtype, torch.float32))  # (B, C, h, w)
-        moments = torch.stack([y.mean((0, 2, 3)), y.square().mean((0, 2, 3))])  # (2, C)
-        mean, square = _AllReduce.apply(moments) / dist.get_world_size()  # (C), (C)
-        var = square - mean.square()  # (C)
-        n = dist.get_world_size() * x.numel() / x.shape[1]
+        count = total(y.new_tensor(y.numel() / y.shape[1], dtype=torch.float64)).item()
+        mean = _AllReduce.apply(y.sum((0, 2, 3), dtype=torch.float64)) / count  # (C)
+        y = y - mean.to(y.dtype)[:, None, None]  # (B, C, h, w)
+        var = _AllReduce.apply(y.square().sum((0, 2, 3))) / count  # (C)
         with torch.no_grad():
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(var * n / (n - 1), self.momentum)
+            self.running_mean.lerp_(mean.to(y.dtype), self.momentum)
+            self.running_var.lerp_(var * count / (count - 1), self.momentum)
             self.num_batches_tracked += 1
         scale = self.weight * torch.rsqrt(var + self.eps)  # (C)
-        shift = self.bias - mean * scale  # (C)
-        return (x * scale[:, None, None] + shift[:, None, None]).to(x.dtype)
+        return (y * scale[:, None, None] + self.bias[:, None, None]).to(x.dtype)
 
 
 class _AllReduce(torch.autograd.Function):
-    """The sum over all processes; so is the gradient, as each process's loss depends on every process's input."""
+    """The sum over all processes; so is the gradient.
+
+    Each process's loss depends on every process's input.
+    """
 
     @staticmethod
     def forward(ctx, x):
@@ -57,7 +63,17 @@ class _AllReduce(torch.autograd.Function):
 
 
 def synchronize_batch_norms(model):
-    """Turn every BatchNorm2d of a model into a SyncBatchNorm2d, in place; parameters, buffers and their names stay."""
-    for module in model.modules():
-        if type(module) is nn.BatchNorm2d:
-            module.__class__ = SyncBatchNorm2d
+    """Make every BatchNorm2d inside a model count the batches of all processes, in place.
+
+    Parameters, buffers and their names stay. On GPUs torch's own SyncBatchNorm takes its place.
+    """
+    if next(model.parameters()).is_cuda:
+        nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        return
+    for parent in list(model.modules()):
+        for name, norm in parent.named_children():
+            if type(norm) is nn.BatchNorm2d:
+                synchronized = SyncBatchNorm2d(norm.num_features, norm.eps, norm.momentum)
+                for key in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked"):
+                    setattr(synchronized, key, getattr(norm, key))
+                setattr(parent, name, synchronized.train(norm.training))

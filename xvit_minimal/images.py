@@ -1,4 +1,4 @@
-"""Pictures as bytes: sets of them in memory, files read, sizes made one, bytes made a model's input."""
+"""Pictures as bytes: sets of them in memory, files read, bytes made a model's input."""
 
 import difflib
 import hashlib
@@ -18,15 +18,15 @@ EIGHT_BITS = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr",
 
 @dataclass
 class ImageSet:
-    """Images in memory: images uint8 (n, 3, H, W), labels int64 (n,), the classes' and its own name.
+    """Images in memory: images uint8 (n, 3, H, W), labels int64 (n,), the names of its classes.
 
     For dense prediction: masks uint8 (n, H, W); or boxes, a list of float (k, 4), x0 y0 x1 y1 in
-    pixels, and box_labels, a list of int64 (k,). `shapes` has masks 0 or 1 + kind.
-    `sizes`: int64 (n, 2), each picture's own (height, width); what lies to the right of it and below
-    is padding. None: every picture fills the tensor.
-    `copy` says for a run's record which copy of the set this is, and `fingerprint` tells any other
-    set from it: a hex digest of the files' names and content, the classes and the images' shape
-    (empty for a set made by hand). `notes`: lines about what was cut, left out or not found.
+    pixels, and box_labels, a list of int64 (k,). `shapes` has masks 0 or 1 + kind. `sizes`: int64
+    (n, 2), each picture's own (height, width); what lies to the right of it and below is padding.
+    None: every picture fills the tensor. `copy` says for a run's record which copy of the set this
+    is, and `fingerprint` tells any other set from it: a hex digest of the files' names and content,
+    the classes and the images' shape (empty for a set made by hand). `notes`: lines about what was
+    cut, left out or not found.
     """
 
     images: torch.Tensor
@@ -55,7 +55,7 @@ class ImageSet:
 
 
 def fingerprint(images, classes, names, content):
-    """A set's fingerprint: images (n, 3, H, W), names of its files or its labels, digest of bytes."""
+    """A set's fingerprint, of images (n, 3, H, W), names of files or labels, a digest of bytes."""
     told = tuple(images.shape), tuple(classes), list(names), content
     return hashlib.sha256(repr(told).encode()).hexdigest()
 
@@ -84,9 +84,9 @@ def read_image(path, size=None, square=True):
 
     It is turned as its EXIF data say; alpha is laid over white; of an animation it is the first
     frame. 16 bits become 8, v / 257 rounded for grey, the upper byte for colours, as Pillow reads
-    them. Colour profiles (ICC) are not applied.
-    Raises ValueError, naming the file, if it is not there, damaged, or holds what has no known range
-    from black to white (floats, 32-bit integers) or no known colours (LAB).
+    them. Colour profiles (ICC) are not applied. Raises ValueError, naming the file, if it is not
+    there, damaged, or holds what has no known range from black to white (floats, 32-bit integers)
+    or no known colours (LAB).
     """
     if size is not None:
         check_size(size)
@@ -109,8 +109,8 @@ def fit(image, size, square=True):
         or not image.numel()
     ):
         raise ValueError(
-            f"got an image {image.dtype} {tuple(image.shape)}, expected torch.uint8 (1, 3 or 4, H, W): "
-            "put the channels first and bring the values to 0..255"
+            f"got an image {image.dtype} {tuple(image.shape)}, expected torch.uint8 (1, 3 or 4, "
+            "H, W): put the channels first and bring the values to 0..255"
         )
     check_size(size)
     image = _over_white(image)
@@ -135,7 +135,8 @@ def open_image(path):
     Raises ValueError, naming the file, if it is not there or cannot be decoded.
     """
     try:
-        with Image.open(path) as file:
+        # not by its path: Pillow 13 maps such a file, and scrambles TIFFs that lie on their side
+        with open(path, "rb") as stream, Image.open(stream) as file:
             image = ImageOps.exif_transpose(file)
             image.format = file.format
             return image
@@ -149,9 +150,7 @@ def open_image(path):
         raise ValueError(
             f"{path}: no permission to read it, expected a picture's file: allow it"
         ) from error
-    except (
-        Exception
-    ) as error:  # PIL's decoders raise many kinds: OSError, SyntaxError, struct.error
+    except Exception as error:  # decoders raise many kinds: OSError, SyntaxError, ...
         raise ValueError(
             f"{path}: cannot be read as an image ({error}): replace the file or take it away"
         ) from error
@@ -161,7 +160,7 @@ def _nearest(path):
     """What a message says about the surroundings of a path where nothing is."""
     if not path.parent.is_dir():
         return f", nor is its folder {path.parent}"
-    there = [other.name for other in path.parent.iterdir()]
+    there = [other.name for other in path.parent.iterdir() if other.exists()]
     nearest = difflib.get_close_matches(path.name, there, n=1)
     return f" (the nearest name is {nearest[0]!r})" if nearest else ""
 
@@ -179,10 +178,11 @@ def _pixels(image, path):
     if image.mode not in EIGHT_BITS:
         raise ValueError(
             f"{path}: got a picture in mode {image.mode}, expected 8 bits a channel or grey of 16: "
-            "nothing says which of its values is black and which is white; save it as PNG"
+            "nothing says which value is black and which white; save it as PNG"
         )
     alpha = "A" in image.mode or "transparency" in image.info
-    return np.array(image.convert("RGBA" if alpha else "RGB"))
+    mode = "RGBA" if alpha else "RGB"
+    return np.array(image if image.mode == mode else image.convert(mode))  # convert copies
 
 
 def _over_white(image):
@@ -193,7 +193,7 @@ def _over_white(image):
 
 
 def in_threads(read, items):
-    """[read(item), ...], in as many threads as there are cores: decoders let go of Python's lock."""
+    """[read(item), ...], in a thread for each core: decoders let go of Python's lock."""
     with ThreadPoolExecutor(os.cpu_count()) as threads:
         return list(threads.map(read, items))
 

@@ -55,7 +55,7 @@ def passed_over(files, where):
     suffixes = sorted({file.suffix.lower() for file in files})
     if not files:
         return ()
-    return (f"{where}: {len(files)} file(s) {', '.join(suffixes)} are passed over",)
+    return (f"{where}, passed over: {len(files)} ({', '.join(suffixes)})",)
 
 
 def read_lines(file):
@@ -86,8 +86,8 @@ def listed_pictures(file):
     for name, *more in lines:
         if not all(word.lstrip("-").isdigit() for word in more):
             raise ValueError(
-                f"{file}: got the line {' '.join([name, *more])!r}, expected a name without blanks: "
-                "rename the picture"
+                f"{file}: got the line {' '.join([name, *more])!r}, expected a name without "
+                "blanks: rename the picture"
             )
     names = [name for name, *_ in lines]
     for name, count in Counter(names).items():
@@ -102,7 +102,8 @@ def listed_classes(file):
     """The names of classes, line by line: the n-th line names class n - 1. At most 255.
 
     Raises ValueError, naming the file, for a blank line between names, a line that begins with #
-    (there are no comments), a name that stands there twice, and for less than two or too many names.
+    (there are no comments), a name that stands there twice, and for less than two or too many
+    names.
     """
     lines = read_lines(file)
     while lines and not lines[-1]:
@@ -110,8 +111,8 @@ def listed_classes(file):
     for number, line in enumerate(lines, start=1):
         if not line or line.startswith("#"):
             raise ValueError(
-                f"{file}: line {number} is {line!r}, expected the name of class {number - 1} (no blank "
-                "lines, no comments): write one name a line"
+                f"{file}: line {number} is {line!r}, expected the name of class {number - 1} (no "
+                "blank lines, no comments): write one name a line"
             )
     if not 2 <= len(lines) <= 255:
         raise ValueError(

@@ -25,18 +25,8 @@ CAMVID = (
 )
 VOC = (
     *("background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair"),
-    *(
-        "cow",
-        "dining table",
-        "dog",
-        "horse",
-        "motorbike",
-        "person",
-        "potted plant",
-        "sheep",
-        "sofa",
-    ),
-    *("train", "tv monitor"),
+    *("cow", "dining table", "dog", "horse", "motorbike", "person", "potted plant", "sheep"),
+    *("sofa", "train", "tv monitor"),
 )
 
 
@@ -48,14 +38,11 @@ def read_masks(layout, folder, split, size, limit):
     values = np.arange(256)  # what a value in a label image becomes
     if layout == "voc":
         folder, classes = voc_year(folder), VOC
-        lists = {part: folder / f"ImageSets/Segmentation/{part}.txt" for part in ("train", "val")}
+        lists = {part: f"ImageSets/Segmentation/{part}.txt" for part in ("train", "val")}
         pairs = _in_lists(folder, split, lists, "JPEGImages/{}.jpg", "SegmentationClass/{}.png")
     elif layout == "pets":
         classes, values[1:4] = ("pet", "background"), (0, 1, VOID)  # 3 is the border
-        lists = {
-            "train": folder / "annotations/trainval.txt",
-            "test": folder / "annotations/test.txt",
-        }
+        lists = {"train": "annotations/trainval.txt", "test": "annotations/test.txt"}
         pairs = _in_lists(folder, split, lists, "images/{}.jpg", "annotations/trimaps/{}.png")
     else:
         pairs = _in_folders(folder, split)
@@ -76,8 +63,8 @@ def read_masks(layout, folder, split, size, limit):
         mask = values[raw]
         if (wrong := mask[(mask >= len(classes)) & (mask != VOID)]).size:
             raise ValueError(
-                f"{annotation}: got class {wrong[0]}, expected 0 to {len(classes) - 1}, or {VOID} for "
-                "void: correct it"
+                f"{annotation}: got class {wrong[0]}, expected 0 to {len(classes) - 1}, or {VOID} "
+                "for void: correct it"
             )
         image = fit(whole, size, square=False)
         mask = torch.from_numpy(mask.astype(np.uint8))[None, None]  # (1, 1, H, W)
@@ -110,9 +97,9 @@ def voc_year(folder):
 
 
 def _in_lists(folder, split, lists, picture, annotation):
-    """[(picture, label image), ...] of a split. `lists`: {part: file}; the others: patterns of paths."""
+    """[(picture, label image), ...] of a split. `lists`: {part: file}; then patterns of paths."""
     parts, cut = parts_of(split, lists.__contains__)
-    names = [name for part in parts for name in listed_pictures(lists[part])]
+    names = [name for part in parts for name in listed_pictures(folder / lists[part])]
     if cut:
         names = [names[n] for n in choose(split, [0] * len(names))]
     return [(folder / picture.format(name), folder / annotation.format(name)) for name in names]
@@ -127,15 +114,15 @@ def _in_folders(folder, split):
         for needed in (place, annotations):
             if not needed.is_dir():
                 raise ValueError(
-                    f"{needed}: no such folder, expected train/, trainannot/, test/ and testannot/: "
-                    "add it"
+                    f"{needed}: no such folder, expected train/, trainannot/, test/ and "
+                    "testannot/: add it"
                 )
         files = sorted(file for file in place.iterdir() if not file.name.startswith("."))
         for file in files:
             if file.is_dir() or file.suffix.lower() in PASSED_OVER:
                 raise ValueError(
-                    f"{file}: a sub-folder or a format that is not read, expected files such as *.png "
-                    f"in {part}/: move or convert what it holds, or take it away"
+                    f"{file}: a sub-folder or a format that is not read, expected files such as "
+                    f"*.png in {part}/: move or convert what it holds, or take it away"
                 )
         pairs += [(file, annotations / f"{file.stem}.png") for file in files if is_picture(file)]
     if cut:
@@ -147,16 +134,16 @@ def _labels(annotation, picture, shape):
     """The values of a label image, int (H, W), turned as its EXIF data say, as its picture is."""
     if not annotation.exists():
         raise ValueError(
-            f"{annotation}: missing, expected the classes of the pixels of {picture.name}: add it, or "
-            "take the picture away"
+            f"{annotation}: missing, expected the classes of the pixels of {picture.name}: add "
+            "it, or take the picture away"
         )
     mask, (height, width) = open_image(annotation), shape
     one_number = mask.mode in ("1", "L", "P", "I") or mask.mode.startswith("I;16")
     if not one_number or mask.size != (width, height):
         raise ValueError(
-            f"{annotation}: got {mask.width} x {mask.height} pixels in mode {mask.mode}, expected one "
-            f"number for each of the {width} x {height} pixels of {picture.name} (turned as its EXIF "
-            "data say): draw it again"
+            f"{annotation}: got {mask.width} x {mask.height} pixels in mode {mask.mode}, expected "
+            f"one number for each of the {width} x {height} pixels of {picture.name} (turned as "
+            "its EXIF data say): draw it again"
         )
     raw = np.array(mask).astype(np.int64)  # (H, W)
     if raw.min() < 0 or raw.max() > 255:
@@ -173,8 +160,8 @@ def _check_values(counts, values, classes, where):
     found = {int(value) for value in np.flatnonzero(counts)}
     if found == {0, 255}:
         raise ValueError(
-            f"{where}: got masks of 0 and 255 alone, and 255 is void, which nothing learns, expected "
-            "the numbers of the classes: write 1 for 255"
+            f"{where}: got masks of 0 and 255 alone, and 255 is void, which nothing learns, "
+            "expected the numbers of the classes: write 1 for 255"
         )
     seen = {int(values[value]) for value in found} - {VOID}
     if not seen:

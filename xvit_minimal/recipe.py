@@ -21,8 +21,8 @@ _DENSE = dict(
 )  # what both dense tasks change
 TASK_DEFAULTS = {  # the tasks, and what each changes in Config's defaults
     "classification": {},
-    "segmentation": dict(stem_stride=4, **_DENSE),
-    "detection": dict(stem_stride=8, **_DENSE),
+    "segmentation": _DENSE,
+    "detection": _DENSE,
 }
 RECIPES = {  # what (a task, a set) wants on top of that
     ("classification", "shapes"): dict(
@@ -45,17 +45,26 @@ RECIPES = {  # what (a task, a set) wants on top of that
         model="xvit_pico", epochs=4, batch_size=16, lr=2e-3, warmup=1, augment="flip", ema=0.98
     ),
 }
-# what bounds `settle`: pictures a step, tokens a picture, pictures a step at the full rate of 1e-3
+# where `settle` begins and ends: a token's width (None: the model's), tokens a picture, pictures a
+# step, from how many of these on the peak rate is the full one, and what that is in a short run and
+# in a long one
+_DENSE_RATES = {"muon": (1e-3, 1e-3), "adamw": (1e-3, 1e-3)}
 CHOICES = {
-    "classification": dict(most_pictures=512, most_tokens=400, full_rate=128),
-    "segmentation": dict(most_pictures=8, most_tokens=16_384, full_rate=8),
-    "detection": dict(most_pictures=8, most_tokens=16_384, full_rate=8),
+    "classification": dict(
+        stride=None,
+        most_tokens=400,
+        most_pictures=512,
+        full_rate=128,
+        rates={"muon": (4e-3, 2e-3), "adamw": (4e-3, 1e-3)},
+    ),
+    "segmentation": dict(
+        stride=4, most_tokens=16_384, most_pictures=8, full_rate=8, rates=_DENSE_RATES
+    ),
+    "detection": dict(
+        stride=8, most_tokens=16_384, most_pictures=8, full_rate=8, rates=_DENSE_RATES
+    ),
 }
-RATES = {  # peak learning rates for full steps: of a short run, of a long one
-    "muon": (4e-3, 2e-3),
-    "adamw": (4e-3, 1e-3),
-}
-LONG = 50  # epochs from which on a run is long: it can use more rate decay, and more augmentation
+LONG = 50  # epochs from which on a run is long: it can bear more augmentation
 STEPS = 20  # that an epoch should have at least
 STRIDES = (2, 4, 8, 16)  # pixels a token may be wide
 
@@ -171,7 +180,9 @@ class Config:
     device: str | None = _option(
         None, "cpu, cuda, cuda:1, mps, ...; by default a GPU if there is one"
     )
-    amp: bool | None = _option(None, "bfloat16 autocast; by default where a GPU or a CPU (AMX, AVX512-BF16) has it")
+    amp: bool | None = _option(
+        None, "bfloat16 autocast; by default where a GPU or a CPU (AMX, AVX512-BF16) has it"
+    )
     compile: bool | None = _option(None, "torch.compile; by default on a GPU")
 
     def __post_init__(self):
@@ -273,14 +284,14 @@ def settle(config, train_set):
     and why.
 
     What is given stays. Else, for n pictures of H x W pixels:
-    - stem_stride: the model's own, doubled until a picture has at most 400 tokens (16,384 for dense
-      tasks), or it is 16;
+    - stem_stride: the model's own (segmentation: 4, detection: 8), doubled until a picture has at
+      most 400 tokens (16,384 for dense tasks), or it is 16;
     - batch_size: 512 (8 for dense tasks), halved until an epoch has at least 20 steps or a step
       only 4 pictures;
     - optimizer: Muon for classification where torch has it, else AdamW;
     - augment, mix, drop_path: a long run, of 50 epochs and more, gets RandAugment, mixup and cutmix
       in 60% of its epochs, and stochastic depth of 0.1; a short one has seen too little for that;
-    - lr: that of RATES, for a batch of B < 128 (8 for dense tasks) times sqrt(B / 128), as the noise
+    - lr: that of CHOICES, for a batch of B < 128 (8 for dense tasks) times sqrt(B / 128), as the noise
       of an adaptive gradient wants (Malladi et al., arXiv:2205.10287);
     - warmup: a tenth of the epochs;
     - ema: 1 - 20 / steps of the run, so that the averaged weights are a twentieth of the run old.
@@ -290,46 +301,43 @@ def settle(config, train_set):
     chosen, lines = {}, []
 
     def choose(name, value, reason):
-        if getattr(config, name) is None:
-            chosen[name] = value
-            shown = value if isinstance(value, str) else f"{value:g}"
-            lines.append(f"chosen: --{name.replace('_', '-')} {shown}, because {reason}")
-        return getattr(config, name) if name not in chosen else value
+        if (given := getattr(config, name)) is not None:
+            return given
+        chosen[name] = value
+        shown = value if isinstance(value, str) else f"{value:g}"
+        lines.append(f"chosen: --{name.replace('_', '-')} {shown}, because {reason}")
+        return value
 
-    own = stride = SIZES[config.model].get("stem_stride", 16)
+    usual = stride = bounds["stride"] or SIZES[config.model].get("stem_stride", 16)
     while stride < 16 and tokens(height, width, stride) > bounds["most_tokens"]:
         stride *= 2
-    choose(
-        "stem_stride",
-        stride,
-        f"{height} x {width} pixels are then {tokens(height, width, stride):,} tokens"
-        + (
-            ""
-            if stride == own
-            else f", and {tokens(height, width, own):,} at {config.model}'s own {own}"
-        ),
-    )
+    reason = f"{height} x {width} pixels are then {tokens(height, width, stride):,} tokens"
+    if stride > usual:
+        reason += f", and {tokens(height, width, usual):,} at the usual {usual}"
+    choose("stem_stride", stride, reason)
+
     batch = bounds["most_pictures"]
     while batch > 4 and n < STEPS * batch:
         batch //= 2
-    batch = choose(
-        "batch_size", batch, f"an epoch of {n:,} pictures then has {-(-n // batch):,} steps"
-    )
+    reason = f"an epoch of {n:,} pictures then has {-(-n // batch):,} steps"
+    batch = choose("batch_size", batch, reason)
+
     long = config.epochs >= LONG
     length = f"a run of {config.epochs} epochs is {'long' if long else 'short'}"
     choose("augment", move(config) + ("+randaugment" if long else ""), length)
     choose("mix", 0.6 if long else 0.0, length)
     choose("drop_path", 0.1 if long else 0.0, length)
+
     muon = has_muon() and not is_dense(config.task)
     reason = "it learns faster" if muon else "Muon was not tried here, or torch has none"
     optimizer = choose("optimizer", "muon" if muon else "adamw", reason)
-    full, base = bounds["full_rate"], RATES[optimizer][long]
-    choose(
-        "lr",
-        round(base * min(1, batch / full) ** 0.5, 6),
-        f"{length}, and a step of {optimizer} averages {batch} pictures"
-        + ("" if batch >= full else f", fewer than the {full} from which on it is {base:g}"),
-    )
+    rate, full = bounds["rates"][optimizer][long], bounds["full_rate"]
+    reason = f"{length}, and a step of {optimizer} averages {batch} pictures"
+    if batch < full:
+        reason += f", and {rate:g} is for {full} and more"
+        rate = round(rate * (batch / full) ** 0.5, 6)
+    choose("lr", rate, reason)
+
     choose("warmup", config.epochs / 10, f"it is a tenth of {config.epochs} epochs")
     steps = config.epochs * -(-n // batch)
     decay = round(max(0.0, 1 - 20 / steps), 6)

@@ -62,8 +62,8 @@ def agreed(state, wanted, data):
     given, then = asdict(wanted), state["wanted"]
     if set(given) != set(then):
         raise ValueError(
-            f"{wanted.out} holds a run of another version of this package: go on with that version, "
-            "or choose another --out"
+            f"{wanted.out} holds a run of another version of this package: go on with that "
+            "version, or choose another --out"
         )
     changed = []
     for key, value in given.items():
@@ -80,8 +80,8 @@ def agreed(state, wanted, data):
         changed.append(f"{state['processes']} processes there and {world()} here")
     if changed:
         raise ValueError(
-            f"{wanted.out} holds another run ({'; '.join(changed)}): give that run's own command to "
-            "go on with it, or choose another --out"
+            f"{wanted.out} holds another run ({'; '.join(changed)}): give that run's own command "
+            "to go on with it, or choose another --out"
         )
     return replace(Config(**state["options"]), **free)
 

@@ -2,7 +2,6 @@
 leaves."""
 
 import contextlib
-import io
 import json
 import math
 from dataclasses import asdict, replace
@@ -18,7 +17,7 @@ from torch.optim.swa_utils import AveragedModel
 from .distributed import rank, synchronize_batch_norms, total, world
 from .memory import free_memory, memory_per_picture, micro_batch
 from .optimization import Optimizer, averaging, learning_rate
-from .record import peak_memory, write
+from .record import checkpoint_bytes, peak_memory, write
 from .resume import fingerprints
 from .tasks import TASKS
 from .weights import start_from, weights_file
@@ -50,7 +49,8 @@ class Run:
     KEYS = PARTS + PROGRESS + IDENTITY
 
     def __init__(self, config, sets, device, wanted=None, about=None, state=None):
-        self.config, self.sets, self.device, self.about = config, sets, device, about or {}
+        self.config, self.sets, self.device = config, sets, device
+        self.about = {**(about or {}), "config": asdict(config)}
         self.wanted, self.options = asdict(wanted or config), asdict(config)
         self.data, self.processes = fingerprints(config, sets), world()
         self.train_set = sets["train"]
@@ -62,7 +62,7 @@ class Run:
         if config.init and state is None:
             start_from(self.model, config.init)
         parameters, multiply_adds = self.task.cost(self.model, self.size)
-        self.about = self.about | {"parameters": parameters, "multiply_adds": multiply_adds}
+        self.about |= {"parameters": parameters, "multiply_adds": multiply_adds}
         if dist.is_initialized():
             synchronize_batch_norms(self.model)
         average = averaging(config.ema)
@@ -81,6 +81,7 @@ class Run:
         if config.compile:
             self.net = torch.compile(self.net)
         self.sums = torch.zeros((), device=device)  # of the losses since `loss` was last known
+        self._choose_micro_batch()
 
     @property
     def epoch(self):
@@ -112,6 +113,19 @@ class Run:
         a micro-batch's, and stochastic depth draws for each micro-batch.
         """
         torch.manual_seed(step_seed(self.config.seed, self.step, rank()))
+        loss = self._gradient(index, asked)
+        if loss is None:
+            return False
+        self.optimizer.step(learning_rate(self.step, self.config, self.steps))
+        self.ema.update_parameters(self.model)
+        self.sums += loss * len(index) / world()  # a process's part of the step's sum
+        self.step += 1
+        self._look_at_memory()
+        return True
+
+    def _gradient(self, index, asked):
+        """Leave a step's gradient in the parameters, micro-batch by micro-batch; returns this
+        process's part of the loss (). Or, if `asked`, leave nothing and return None."""
         mine = index[rank() :: world()]
         batch = self.task.batch(self.train_set, mine, self.epoch, self.device)
         largest = math.ceil(len(index) / world())  # so that all processes cut into as many parts
@@ -120,25 +134,23 @@ class Run:
         weights = torch.stack(weights).float().to(self.device)  # (parts,)
         shares = weights / (total(weights.sum()) / world()).clamp(min=1)  # (parts,)
         buffers = [buffer.clone() for buffer in self.model.buffers()] if len(parts) > 1 else []
-        step_loss = torch.zeros((), device=self.device)
+        loss = torch.zeros((), device=self.device)
         self.optimizer.zero_grad()
         for n, (part, share) in enumerate(zip(parts, shares)):
             if n and asked:
                 self._undo(buffers)
-                return False
-            last = n + 1 == len(parts)
-            with contextlib.nullcontext() if last or not self.parallel else self.parallel.no_sync():
-                loss = share * self.task.loss(self.net, part)
-                loss.backward()
-            step_loss += loss.detach()
-        self.optimizer.step(learning_rate(self.step, self.config, self.steps))
-        self.ema.update_parameters(self.model)
-        self.sums += step_loss * len(index) / world()  # a process's part of the step's sum
-        self.step += 1
-        self._look_at_memory()
-        return True
+                return None
+            with self._waiting(n + 1 < len(parts)):
+                part_loss = share * self.task.loss(self.net, part)
+                part_loss.backward()
+            loss += part_loss.detach()
+        return loss
 
-    def choose_micro_batch(self):
+    def _waiting(self, more):
+        """Where more of the step is to come, processes need not exchange gradients yet."""
+        return self.parallel.no_sync() if more and self.parallel else contextlib.nullcontext()
+
+    def _choose_micro_batch(self):
         """How many pictures a process computes at once, if neither the Config nor a checkpoint says
         it."""
         if self.micro_batch is not None:
@@ -226,10 +238,9 @@ class Run:
         self.check()
         state = self.state_dict()
         if rank() == 0:
-            torch.save(state, buffer := io.BytesIO())
             folder = Path(self.config.out)
             previous = folder / "checkpoint.previous.pt"
-            write(folder / "checkpoint.pt", buffer.getbuffer(), keep=previous)
+            write(folder / "checkpoint.pt", checkpoint_bytes(state), keep=previous)
 
     def finish_epoch(self):
         """Score the averaged weights, then write weights.safetensors, record.json and a checkpoint,
@@ -292,7 +303,6 @@ class Run:
             last = {k: v for k, v in scored[-1].items() if k == "epoch" or k.startswith("val_")}
         record = {
             **self.about,
-            "config": {**self.options, "micro_batch": self.micro_batch},
             "started": self.started,
             "wall_seconds": self.seconds,
             "peak_memory_bytes": self.peak,

@@ -12,11 +12,12 @@ ORANGE_BLUE = np.array([(235, 110, 40), (50, 100, 240)])
 
 
 def shapes(n, size=32, seed=0):
-    """n generated images: an orange and a blue shape and, far from both, a cue, a square of one of the two colours.
+    """n images: an orange and a blue shape and, far from both, a cue, a square of one colour.
 
-    The class is the kind of the shape that has the cue's colour. No part of the image tells it, only two distant parts
-    together do. Masks, boxes and box_labels are those of the two shapes. `size`: 16 to 512 pixels. The classes take
-    turns, and the first images of a longer set are those of a shorter one. Raises ValueError for other sizes.
+    The class is the kind of the shape that has the cue's colour. No part of the image tells it,
+    only two distant parts together do. Masks, boxes and box_labels are those of the two shapes.
+    `size`: 16 to 512 pixels. The classes take turns, and the first images of a longer set are those
+    of a shorter one. Raises ValueError for other sizes.
     """
     if n < 1 or not 16 <= size <= 512:
         raise ValueError(
@@ -44,7 +45,7 @@ def shapes(n, size=32, seed=0):
 
 
 def generated(split, size, limit, many):
-    """The set's part "train" of `many` images, or "val" or "test", a fifth of that; or `limit` of them.
+    """The part "train" of `many` images, or "val" or "test", a fifth of that; or `limit` of them.
 
     Each has a seed of its own. Nothing is held out of "train", so "train+val" is the same.
     """
@@ -53,8 +54,8 @@ def generated(split, size, limit, many):
 
 
 def _scene(n, size, seed):
-    """What the n images hold, in integers: kind, colour, centre (x, y) and radius of three objects, the cue last."""
-    # RandomState, because NumPy promises that its numbers will never change; one row of them for each image
+    """The kind, colour, centre (x, y) and radius of three objects, the cue last: (n, 3)."""
+    # RandomState: NumPy promises that its numbers will never change. A row for each image.
     numbers = iter(
         np.random.RandomState([seed, 0]).randint(2**31 - 1, size=(n, 28), dtype=np.int64).T
     )
@@ -71,11 +72,10 @@ def _scene(n, size, seed):
     r = np.stack(
         [draw(size // 6, size * 3 // 16), draw(size // 6, size * 3 // 16), np.full(n, size // 8)], 1
     )
-    # u leads away from the border at which the cue lies, v along it: one shape stands in each half of v
+    # u leads away from the cue's border, v along it: a shape in each half of v
     cue = draw(r[:, 2], size // 16 + r[:, 2])
-    near = (
-        cue + r[:, 2] + size * 7 // 24
-    )  # from 24 pixels on, no token of stride 4 (7 wide) sees the cue and a shape
+    # from 24 pixels on, no token of stride 4, 7 pixels wide, sees the cue and a shape
+    near = cue + r[:, 2] + size * 7 // 24
     u = np.stack(
         [draw(near + r[:, 0], size - 1 - r[:, 0]), draw(near + r[:, 1], size - 1 - r[:, 1]), cue], 1
     )
@@ -129,6 +129,6 @@ def _draw(size, noise, kind, r, x, y, colour, ground, slope):
 
 
 def _inside(kind, dx, dy, r):
-    """Whether a pixel, dx columns and dy rows from the centre, belongs to the object: one of KINDS, or the cue."""
+    """Whether a pixel, dx columns and dy rows from the centre, is in it: one of KINDS, the cue."""
     circle, square, bar = dx**2 + dy**2 <= r**2, np.maximum(dx, dy) <= r, r // 3
     return square & np.choose(kind, [circle, abs(dx - dy) <= r // 4, dy > bar, dx > bar, square])

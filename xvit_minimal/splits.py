@@ -1,4 +1,4 @@
-"""The parts of a set: the pictures that train a model, those that validate it, those that test it."""
+"""The parts of a set: the pictures that train a model, that validate it, that test it."""
 
 import numpy as np
 
@@ -20,8 +20,8 @@ def check_request(split, size, limit):
 def parts_of(split, exists):
     """The parts of a set on disk that a split reads, and whether "train" is to be cut in two.
 
-    `exists` says whether the set has a part "test", "val". With both, "val" validates. With only one
-    of them, that one tests, and a tenth of "train" validates.
+    `exists` says whether the set has a part "test", "val". With both, "val" validates. With only
+    one of them, that one tests, and a tenth of "train" validates.
     """
     if split == "test":
         return ("test" if exists("test") else "val",), False

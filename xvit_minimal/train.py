@@ -66,7 +66,6 @@ def train(config):
         check_parts(chosen, sets)
         sets = {name: images.to(device) for name, images in sets.items()}
         run = Run(chosen, sets, device, config, about(config, chosen, sets, device), state)
-        run.choose_micro_batch()
         if state is None:
             run.save()  # a folder that cannot be written is found out now, and not after an epoch
         go_on(run)

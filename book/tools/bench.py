@@ -1,13 +1,16 @@
 """Measure X-ViT's attention against PyTorch's scaled_dot_product_attention and record the result.
 
-    make bench                        the whole table, a few minutes on two cores, recorded in book/runs/bench/
-    python book/tools/bench.py --quick      the short sequences alone, printed but not recorded
+    make bench                            the whole table, a few minutes on two cores, recorded
+                                          in book/runs/bench/
+    python book/tools/bench.py --quick    the short sequences alone, printed but not recorded
 
-Both methods get the same tensors in the same process, in turn, several rounds over; a ratio is taken within a round,
-and the table shows its median and its range over the rounds. A block of short calls starts with one that is not timed.
+Both methods get the same tensors in the same process, in turn, several rounds over. A ratio is
+taken within a round, and the table shows its median and its range over the rounds. A block of
+short calls starts with one that is not timed.
 
-On a GPU, one that has FlashAttention, the tensors are bfloat16 and PyTorch's function is held to FlashAttention. X-ViT's
-attention is then also compiled, and compared with the least time in which its tensors can be read and written.
+On a GPU, one that has FlashAttention, the tensors are bfloat16 and PyTorch's function is held to
+FlashAttention. X-ViT's attention is then also compiled, and compared with the least time in which
+its tensors can be read and written.
 """
 
 import argparse
@@ -33,27 +36,20 @@ from xvit_minimal.record import provenance, write
 
 ROOT = Path(__file__).resolve().parents[2]
 HEADS, D = 6, 64
-LENGTHS = [
-    64,
-    196,
-    576,
-    1024,
-    4096,
-    16384,
-]  # tokens: images of 128, 224, 384, 512, 1,024 and 2,048 px in patches of 16
-TOKENS = 8192  # in a batch: the batch shrinks as the sequence grows, so that every row does comparable work
-# Slopes are fitted to rows whose tensors are all as large as those of the longest sequence: otherwise the cost of fresh
-# memory, which jumps with a tensor's size, would be taken for a growth with N.
+# tokens of images of 128, 224, 384, 512, 1,024 and 2,048 px in patches of 16
+LENGTHS = [64, 196, 576, 1024, 4096, 16384]
+TOKENS = 8192  # in a batch, which shrinks as the sequence grows: every row does comparable work
+# Slopes are fitted to rows whose tensors are all as large as those of the longest sequence:
+# otherwise the cost of fresh memory, which jumps with a tensor's size, would be taken for a growth
+# with N.
 FITTED = [1024, 4096, 16384]
 GPU_LENGTHS = [*LENGTHS, 65536]
-GPU_TOKENS = (
-    2**18
-)  # tensors of 200 MB: more than a cache holds, and enough work beside the start of a kernel
+GPU_TOKENS = 2**18  # 200 MB a tensor: more than a cache holds, long beside a kernel's start
 DTYPES = {"cpu": torch.float32, "cuda": torch.bfloat16}
 
 
 def shapes(device):
-    """(tokens, batch) of the rows of the table; on a CPU those that serve only the slopes come last."""
+    """(tokens, batch) of the table's rows; on a CPU the last ones serve only the slopes."""
     if device.type == "cuda":
         return [(N, GPU_TOKENS // N) for N in GPU_LENGTHS]
     return [(N, max(1, TOKENS // N)) for N in LENGTHS] + [
@@ -62,7 +58,7 @@ def shapes(device):
 
 
 def inputs(what, N, B, device):
-    """Tensors of one row of the table: (q, k, v) or (x,), and the functions that take them, by method."""
+    """Tensors of one row, (q, k, v) or (x,), and {method: function that takes them}."""
     like = {"device": device, "dtype": DTYPES[device.type]}
     if what == "module":
         torch.manual_seed(0)
@@ -70,20 +66,18 @@ def inputs(what, N, B, device):
             "softmax": SoftmaxAttention(HEADS * D, HEADS),
             "xnorm": XNormAttention(HEADS * D, HEADS),
         }
-        return (torch.randn(B, N, HEADS * D, **like),), {
-            m: f.to(**like) for m, f in modules.items()
-        }
-    qkv = torch.randn(B, N, 3, HEADS, D, **like).permute(
-        2, 0, 3, 1, 4
-    )  # (3, B, h, N, d), a strided view
+        x = torch.randn(B, N, HEADS * D, **like)
+        return (x,), {method: module.to(**like) for method, module in modules.items()}
+    qkv = torch.randn(B, N, 3, HEADS, D, **like)
+    qkv = qkv.permute(2, 0, 3, 1, 4)  # (3, B, h, N, d), a strided view
     if what == "contiguous":
         qkv = qkv.contiguous()
     return qkv.unbind(0), {"softmax": F.scaled_dot_product_attention, "xnorm": xnorm_attention}
 
 
 def compiled(functions):
-    """Each function as torch.compile makes it, for one shape: the next shape takes a new call of this function."""
-    torch.compiler.reset()  # otherwise torch gives up after some shapes and runs the rest as they are, without a word
+    """Each function as torch.compile makes it for one shape; call again for the next shape."""
+    torch.compiler.reset()  # or torch gives up after some shapes and runs the rest uncompiled
     return {m: torch.compile(f, dynamic=False) for m, f in functions.items()}
 
 
@@ -98,7 +92,7 @@ def call(function, arguments, backward):
 
 
 def seconds(function, arguments, backward, calls):
-    """Median time of a call, after one that is not counted (a single long call needs no warm-up)."""
+    """Median time of a call, after one that is not counted (a single long call needs none)."""
     times, warm_up = [], 1 if calls > 1 else 0
     for _ in range(warm_up + calls):
         if arguments[0].is_cuda:
@@ -112,7 +106,7 @@ def seconds(function, arguments, backward, calls):
 
 
 def peak_bytes(function, arguments, backward):
-    """The most memory held at once for results and intermediates during one call, beyond its inputs."""
+    """The most memory held at once during one call, beyond its inputs."""
     call(function, arguments, backward)
     if arguments[0].is_cuda:
         before = torch.cuda.memory_allocated()
@@ -130,16 +124,15 @@ def peak_bytes(function, arguments, backward):
 
 
 def copy_rate(device, size=2**30):
-    """Bytes read and written in a second by a copy of `size` bytes, which the least time of a method is taken from."""
+    """Bytes that a copy reads and writes in a second; a method's least time follows from it."""
     source = torch.zeros(size, dtype=torch.uint8, device=device)
     return 2 * size / seconds(torch.empty_like(source).copy_, (source,), False, 30)
 
 
 def in_turn(functions, arguments, backward, rounds):
     """{method: seconds of a call, by round}: within a round the methods take turns."""
-    tries = (
-        2 if arguments[0].is_cuda else 1
-    )  # on a GPU the very first call, which may compile, says little of the next
+    # on a GPU the very first call, which may compile, says little of the next
+    tries = 2 if arguments[0].is_cuda else 1
     quick = {m: seconds(f, arguments, backward, tries) for m, f in functions.items()}
     calls = {m: max(1, min(30, round(0.15 / t))) for m, t in quick.items()}  # about 0.15 s a block
     times = {m: [] for m in functions}
@@ -151,16 +144,18 @@ def in_turn(functions, arguments, backward, rounds):
 
 
 def spread(name, values):
-    """The median of some values and their range, as a row has them; None where there is no value."""
+    """Median and range of some values, as a row has them; None where there is no value."""
     of = (statistics.median, min, max) if values else (lambda _: None,) * 3
     return {name: of[0](values), f"{name}_min": of[1](values), f"{name}_max": of[2](values)}
 
 
 def measure(what, N, B, backward, rounds, device, rate=None):
-    """A row of the table. With the `rate` of a copy, also X-ViT's attention compiled, and its share of that rate."""
+    """A row of the table; with a copy's `rate`, also for X-ViT compiled, and its share of that."""
     arguments, functions = inputs(what, N, B, device)
-    if rate:  # of softmax only the module: its attention alone is one kernel, to which compiling adds but a detour
-        extra = compiled({m: f for m, f in functions.items() if what == "module" or m == "xnorm"})
+    if rate:
+        # Softmax attention alone is one kernel, and compiling adds only a detour to it.
+        chosen = functions if what == "module" else {"xnorm": functions["xnorm"]}
+        extra = compiled(chosen)
         functions |= {f"{m}_compiled": f for m, f in extra.items()}
     times = in_turn(functions, arguments, backward, rounds)
     row = {
@@ -182,9 +177,8 @@ def measure(what, N, B, backward, rounds, device, rate=None):
             f"{m}_compiled_peak_bytes": peak_bytes(f, arguments, backward) for m, f in extra.items()
         }
         if what != "module" and not backward:
-            least = (
-                4 * arguments[0].nbytes / rate
-            )  # q, k and v read once, an output of the same size written
+            # q, k and v are read once, an output of the same size is written
+            least = 4 * arguments[0].nbytes / rate
             row |= {
                 "copy_bytes_per_second": rate,
                 "least_seconds": least,
@@ -194,7 +188,10 @@ def measure(what, N, B, backward, rounds, device, rate=None):
 
 
 def slopes(rows):
-    """log-log slopes against N of time and peak memory per sequence, 1 is linear, 2 quadratic; see FITTED."""
+    """log-log slopes against N of time and peak memory per sequence: 1 is linear, 2 quadratic.
+
+    Fitted to the longer sequences; see FITTED.
+    """
     fitted, largest = [], max(r["tokens"] * r["batch"] for r in rows)
     for what in dict.fromkeys(r["what"] for r in rows):
         for direction in dict.fromkeys(r["pass"] for r in rows):
@@ -219,14 +216,18 @@ def slopes(rows):
 
 
 def table(rows):
-    head = f"{'tensors':>11} {'pass':>16} {'N':>6} {'batch':>6} {'softmax ms':>11} {'X-ViT ms':>9} {'ratio':>7} {'range':>15} {'memory':>7}"
+    head = (
+        f"{'tensors':>11} {'pass':>16} {'N':>6} {'batch':>6} {'softmax ms':>11} {'X-ViT ms':>9} "
+        f"{'ratio':>7} {'range':>15} {'memory':>7}"
+    )
     if "compiled_ratio" in rows[0]:
         head += f" {'compiled ms':>12} {'ratio':>7} {'range':>15} {'of copy rate':>12}"
     lines = [head, "-" * len(head)]
     for r in rows:
         lines.append(
-            f"{r['what']:>11} {r['pass']:>16} {r['tokens']:>6} {r['batch']:>6} {r['softmax_seconds'] * 1e3:>11.2f} "
-            f"{r['xnorm_seconds'] * 1e3:>9.2f} {r['ratio']:>6.2f}x {r['ratio_min']:>6.2f}–{r['ratio_max']:<6.2f} "
+            f"{r['what']:>11} {r['pass']:>16} {r['tokens']:>6} {r['batch']:>6} "
+            f"{r['softmax_seconds'] * 1e3:>11.2f} {r['xnorm_seconds'] * 1e3:>9.2f} "
+            f"{r['ratio']:>6.2f}x {r['ratio_min']:>6.2f}–{r['ratio_max']:<6.2f} "
             f"{r['softmax_peak_bytes'] / r['xnorm_peak_bytes']:>6.2f}x"
         )
         if "compiled_ratio" in r:
@@ -251,7 +252,7 @@ def begin(command, config, device):
 
 
 def save(name, run, clock, rows):
-    """Write the record of a run that began at the time `clock` to book/runs/bench/, and say where."""
+    """Write the record of a run that began at `clock` to book/runs/bench/, and say where."""
     record = {**run, "wall_seconds": round(time.perf_counter() - clock, 1), "results": rows}
     path = f"book/runs/bench/{name}-{'gpu' if run['hardware']['gpu'] else 'cpu'}.json"
     write(ROOT / path, json.dumps(record, indent=1, allow_nan=False).encode() + b"\n")
@@ -307,8 +308,9 @@ def main():
         return
     for s in slopes(rows):
         print(
-            f"slopes from N = {min(FITTED)}, {s['what']}, {s['pass']}: time {s['softmax_seconds_slope']:.2f} softmax, "
-            f"{s['xnorm_seconds_slope']:.2f} X-ViT; memory {s['softmax_peak_bytes_slope']:.2f} and {s['xnorm_peak_bytes_slope']:.2f}"
+            f"slopes from N = {min(FITTED)}, {s['what']}, {s['pass']}: "
+            f"time {s['softmax_seconds_slope']:.2f} softmax, {s['xnorm_seconds_slope']:.2f} X-ViT; "
+            f"memory {s['softmax_peak_bytes_slope']:.2f} and {s['xnorm_peak_bytes_slope']:.2f}"
         )
     print(f"recorded in {save('attention', run, clock, rows)}")
 

@@ -1,11 +1,14 @@
-"""Measure a training step of segmentation at growing resolution, with three attentions in one body, and record the result.
+"""Measure and record a training step of segmentation at growing resolution, by attention.
 
-    python book/tools/bench_dense.py            a quarter of an hour on two cores, recorded in book/runs/bench/
-    python book/tools/bench_dense.py --quick    the smallest pictures alone, printed but not recorded
+    python book/tools/bench_dense.py            a quarter of an hour on two cores, recorded
+                                                in book/runs/bench/
+    python book/tools/bench_dense.py --quick    the smallest pictures alone, printed, not recorded
 
-A step is forward and backward through the whole model for one picture, tokens of 4 pixels. The attentions take turns within
-a round; a ratio is taken within a round. One whose first step takes longer than STOP seconds gets no rounds, and neither it
-nor one that ran out of a GPU's memory is measured any further. `python book/tools/bench.py` measures the attention alone.
+A step is forward and backward through the whole model for one picture, tokens of 4 pixels, with
+three attentions in one body. The attentions take turns within a round; a ratio is taken within a
+round. One whose first step takes longer than STOP seconds gets no rounds, and neither it nor one
+that ran out of a GPU's memory is measured any further. `python book/tools/bench.py` measures the
+attention alone.
 """
 
 import argparse
@@ -22,14 +25,8 @@ from xvit_minimal.dense import SemanticFPN, XViTBackbone
 METHODS = ("xnorm", "softmax", "xca")
 BODY = dict(dim=96, depth=4, num_heads=4, stem_stride=4, class_depth=0, num_classes=1)
 CLASSES = 11
-SIZES = {
-    "cpu": [
-        (90, 120),
-        (180, 240),
-        (360, 480),
-        (720, 960),
-        (1440, 1920),
-    ],  # CamVid's pictures have 360 x 480 pixels in our copy
+SIZES = {  # (height, width); CamVid's pictures have 360 x 480 pixels in our copy
+    "cpu": [(90, 120), (180, 240), (360, 480), (720, 960), (1440, 1920)],
     "cuda": [(180, 240), (360, 480), (720, 960), (1440, 1920), (2880, 3840)],
 }
 ROUNDS = 3
@@ -39,9 +36,8 @@ STOP = 30  # seconds a step
 def build(attention, size):
     """The model of the bench, the same weights for every attention that has them."""
     torch.manual_seed(0)
-    return SemanticFPN(
-        XViTBackbone(XViT(img_size=size, attention=ATTENTIONS[attention], **BODY)), CLASSES
-    )
+    body = XViT(img_size=size, attention=ATTENTIONS[attention], **BODY)
+    return SemanticFPN(XViTBackbone(body), CLASSES)
 
 
 def measure(size, methods, rounds, device):
@@ -85,17 +81,19 @@ def measure(size, methods, rounds, device):
 
 def table(rows):
     """The rows as text, in columns; the ratio is to X-ViT's step within the same round."""
-    head = f"{'attention':>10} {'pixels':>11} {'tokens':>7} {'seconds':>9} {'to X-ViT':>9} {'range':>15} {'peak MB':>8}"
+    head = (
+        f"{'attention':>10} {'pixels':>11} {'tokens':>7} {'seconds':>9} "
+        f"{'to X-ViT':>9} {'range':>15} {'peak MB':>8}"
+    )
     lines = [head, "-" * len(head)]
     for r in rows:
         line = f"{r['model']:>10} {r['height']:>5}x{r['width']:<5} {r['tokens']:>7,}"
         if r["seconds"] is not None:
             line += f" {r['seconds']:>9.2f}"
-            line += (
-                f" {r['ratio']:>8.2f}x {r['ratio_min']:>7.2f}–{r['ratio_max']:<7.2f}"
-                if r["ratio"] is not None
-                else " " * 26
-            )
+            if r["ratio"] is None:
+                line += " " * 26
+            else:
+                line += f" {r['ratio']:>8.2f}x {r['ratio_min']:>7.2f}–{r['ratio_max']:<7.2f}"
             line += f" {r['peak_bytes'] / 1e6:>8.0f}"
         lines.append(f"{line}  {r['reason']}" if "reason" in r else line)
     return "\n".join(lines)

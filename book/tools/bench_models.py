@@ -1,11 +1,13 @@
 """Measure whole models in inference, X-ViT beside XCiT and DeiT: images a second, and peak memory.
 
-    python book/tools/bench_models.py             the whole table, about three minutes on two cores, recorded in book/runs/bench/
-    python book/tools/bench_models.py --quick     224 px alone, one round, printed but not recorded
+    python book/tools/bench_models.py             the whole table, about three minutes on two
+                                                  cores, recorded in book/runs/bench/
+    python book/tools/bench_models.py --quick     224 px alone, one round, printed, not recorded
 
-The models have no trained weights: the time of a call does not depend on them. On a GPU they compute in bfloat16, each as
-it is and compiled; on a CPU in float32, as it is. As in bench.py, the models take turns within a round and a ratio is taken
-within it. The record is written again after each size of image, so that a run that is cut short counts for what it did.
+The models have no trained weights: the time of a call does not depend on them. On a GPU they
+compute in bfloat16, each as it is and compiled; on a CPU in float32, as it is. As in bench.py, the
+models take turns within a round and a ratio is taken within it. The record is written again after
+each size of image, so that a run that is cut short counts for what it did.
 """
 
 import argparse
@@ -25,7 +27,8 @@ MODELS = {
     PEER: lambda side: timm.create_model(PEER, img_size=side),
 }
 PATCH = 16  # px, in all three
-BATCHES = {  # images in a batch by their side in pixels: on a GPU enough to fill it, on a CPU few, so that a round is short
+# {side in pixels: images in a batch}: enough to fill a GPU, few on a CPU, so that a round is short
+BATCHES = {
     "cpu": {224: 8, 384: 4, 512: 2, 1024: 1},
     "cuda": {224: 256, 384: 96, 512: 64, 1024: 16},
 }
@@ -33,16 +36,17 @@ ROUNDS = 5
 
 
 def measure(side, batch, compile_them, rounds, device):
-    """The rows of one size of image, one for each model; a model that does not fit into the GPU's memory gets no figures."""
+    """The rows of one size of image, one for each model.
+
+    A model that does not fit into the GPU's memory gets no figures.
+    """
     dtype = DTYPES[device.type]
     torch.manual_seed(0)
     images = torch.randn(batch, 3, side, side, device=device, dtype=dtype)  # (B, 3, H, W)
     models = {name: build(side).to(device, dtype).eval() for name, build in MODELS.items()}
     functions = compiled(models) if compile_them else dict(models)
     peaks = {}
-    for (
-        name
-    ) in models:  # all models are there by now, so one that fits here fits in its turns as well
+    for name in models:  # all are on the device: one that fits here fits in its turns as well
         try:
             peaks[name] = peak_bytes(functions[name], (images,), False)
         except torch.cuda.OutOfMemoryError:
@@ -70,18 +74,18 @@ def measure(side, batch, compile_them, rounds, device):
 
 
 def table(rows):
-    """The rows as text, in columns; peak memory is that of a call, beyond the weights and the images."""
+    """The rows as text, in columns; peak memory is a call's, beyond the weights and the images."""
     head = (
-        f"{'model':>24} {'px':>5} {'batch':>6} {'compiled':>9} {'images/s':>9} {'range':>17} {'to DeiT':>8} {'range':>13} "
-        f"{'peak MB':>8}"
+        f"{'model':>24} {'px':>5} {'batch':>6} {'compiled':>9} {'images/s':>9} {'range':>17} "
+        f"{'to DeiT':>8} {'range':>13} {'peak MB':>8}"
     )
     lines = [head, "-" * len(head)]
     for r in rows:
-        line = (
-            f"{r['model']:>24} {r['side']:>5} {r['batch']:>6} {'yes' if r['compiled'] else 'no':>9}"
-        )
+        how = "yes" if r["compiled"] else "no"
+        line = f"{r['model']:>24} {r['side']:>5} {r['batch']:>6} {how:>9}"
         if r["images_per_second"] is not None:
-            line += f" {r['images_per_second']:>9.1f} {r['images_per_second_min']:>8.1f}–{r['images_per_second_max']:<8.1f}"
+            line += f" {r['images_per_second']:>9.1f}"
+            line += f" {r['images_per_second_min']:>8.1f}–{r['images_per_second_max']:<8.1f}"
             if r["ratio"] is not None:
                 line += f" {r['ratio']:>7.2f}x {r['ratio_min']:>6.2f}–{r['ratio_max']:<6.2f}"
             line += f" {r['peak_bytes'] / 1e6:>8.1f}"

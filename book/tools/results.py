@@ -1,12 +1,16 @@
 """Fill the tables and the picture of the landing page and the README from the run records.
 
-    python book/tools/results.py            rewrite book/index.md, README.md and book/figures/ (part of `make notebooks`)
-    python book/tools/results.py --check    change nothing, exit 1 if a page differs from its records
+    python book/tools/results.py            rewrite book/index.md, README.md and book/figures/
+                                            (part of `make notebooks`)
+    python book/tools/results.py --check    change nothing, exit 1 if a page differs from its
+                                            records
 
-A page holds `<!-- from the records: NAME -->` ... `<!-- end -->`; what stands between is this file's, not a writer's.
+A page holds `<!-- from the records: NAME -->` ... `<!-- end -->`. What stands between is rendered
+from book/templates/NAME.md.j2: the words are the template's, the figures are gathered here.
 """
 
 import argparse
+import ast
 import difflib
 import hashlib
 import inspect
@@ -15,15 +19,16 @@ import re
 import statistics
 import sys
 
+import jinja2
 import matplotlib.pyplot as plt
 from bench import FITTED, slopes
 from matplotlib.image import imread
-from sync import ROOT, write
+from sync import ROOT, chapters, write
 
 from xvit_minimal import SoftmaxAttention, XNormAttention
 
 RECORD = "book/runs/bench/attention-cpu.json"
-NAMES = {
+NAMES = {  # of the attentions compared in chapter 13
     "xnorm": "X-ViT",
     "softmax": "softmax",
     "xca": "XCA",
@@ -31,9 +36,13 @@ NAMES = {
     "efficient": "efficient attention",
     "sima": "SimA",
     "none": "no mixing",
-}  # of the attentions compared in chapter 13
+}
+MODELS = {"xvit": "xvit_small", "xcit": "xcit_small_12_p16_224", "deit": "deit_small_patch16_224"}
 RUNS = ROOT / "book/runs"
+TEMPLATES = ROOT / "book/templates"
 PATCH = 16  # px; a square image of side s has (s / 16)² tokens
+LONG = 4096  # tokens at which the claims about speed and memory are read
+ALIKE = 0.05  # a ratio of two speeds this close to 1 makes neither the faster
 PAGES = ["book/index.md", "README.md"]
 INK = {"light": "#222222", "dark": "#DDDDDD"}
 
@@ -42,61 +51,10 @@ def record(name=RECORD):
     path = RUNS / name.removeprefix("book/runs/")
     if not path.exists():
         raise FileNotFoundError(
-            f"{name} is missing: `make bench` writes those of the bench, CONTRIBUTING.md says how the others are made"
+            f"{name} is missing: `make bench` writes those of the bench, "
+            "CONTRIBUTING.md says how the others are made"
         )
     return json.loads(path.read_text())
-
-
-def accuracy(pattern):
-    """Mean and standard deviation, in percent, of the test accuracy of the runs of chapter 13 that match, one a seed."""
-    found = [
-        100 * record(path.relative_to(RUNS).as_posix())["results"][0]["test_top1"]
-        for path in sorted((RUNS / "train").glob(f"{pattern}-[0-9].json"))
-    ]
-    return f"{statistics.mean(found):.1f} ± {statistics.stdev(found):.1f}"
-
-
-def classification():
-    """What was measured of the claim about classification."""
-    small, photos = (
-        record("train/cifar10-second.json"),
-        {a: record(f"train/imagenette-{a}.json") for a in ("xnorm", "softmax")},
-    )
-    seven = sorted(((accuracy(f"study/{a}"), name) for a, name in NAMES.items()), reverse=True)
-    return (
-        f"with small models on a CPU, not in general. One body of {record('train/study/xnorm-0.json')['parameters'] / 1e6:.2f} M "
-        "parameters, 10,000 images of CIFAR-10 (JPEG-75 copy), three seeds, in percent: "
-        + ", ".join(f"{name} {found}" for found, name in seven)
-        + "; with twice the learning rate "
-        + ", ".join(f"{NAMES[a]} {accuracy(f'rates/{a}-0.002')}" for a in ("xnorm", "softmax"))
-        + f". All of CIFAR-10, {small['parameters'] / 1e6:.2f} M parameters: {100 * small['results'][0]['test_top1']:.1f}. "
-        + "Imagenette at 64 px, one seed: "
-        + ", ".join(
-            f"{NAMES[a]} {100 * run['results'][0]['test_top1']:.1f}" for a, run in photos.items()
-        )
-        + ". At full size not yet measured"
-    )
-
-
-def dense_prediction():
-    """What was measured of the claim about dense prediction."""
-    streets = {name: record(f"train/camvid-{name}.json") for name in ("xnorm", "softmax", "xca")}
-    cells = record("train/bccd-xnorm.json")
-    bench = record("bench/dense-cpu.json")["results"]
-    last = max((r for r in bench if r["model"] == "softmax"), key=lambda r: r["tokens"])
-    ours = next(r for r in bench if r["model"] == "xnorm" and r["tokens"] == last["tokens"])
-    ratio = (last["seconds"] or last["first_seconds"]) / ours["seconds"]
-    return (
-        f"with small models on a CPU, one seed. CamVid at 180 × 240, one body of {streets['xnorm']['parameters'] / 1e6:.2f} M "
-        "parameters, test mIoU in percent: "
-        + ", ".join(
-            f"{NAMES[name]} {100 * run['results'][0]['test_miou']:.1f}"
-            for name, run in streets.items()
-        )
-        + f". BCCD at 192 × 256, X-ViT: mAP {100 * cells['results'][0]['test_map']:.1f}, at an overlap of 0.5 "
-        f"{100 * cells['results'][0]['test_map50']:.1f}. A training step at {last['height']} × {last['width']}, tokens of 4 pixels, takes "
-        f"softmax {ratio:.0f} times as long as X-ViT. At full size not yet measured"
-    )
 
 
 def row(run, what, direction, N):
@@ -110,10 +68,47 @@ def slope(run, what, direction):
     return next(s for s in slopes(run["results"]) if (s["what"], s["pass"]) == (what, direction))
 
 
+def attention_figures(run):
+    """X-ViT's attention beside PyTorch's: ratios by length, at LONG tokens with slopes and memory.
+
+    A ratio of times is softmax over X-ViT, one of memory X-ViT over softmax.
+    """
+    measured = {
+        "forward": ("contiguous", "forward"),
+        "training": ("contiguous", "forward+backward"),
+        "module": ("module", "forward"),
+    }
+    figures = {"tokens": LONG, "lengths": []}
+    for name, (what, direction) in measured.items():
+        long = row(run, what, direction, LONG)
+        memory = long["xnorm_peak_bytes"] / long["softmax_peak_bytes"]
+        figures[name] = {**long, "memory": memory, **slope(run, what, direction)}
+    for N in sorted({r["tokens"] for r in run["results"]}):
+        rows = {name: row(run, *which, N) for name, which in measured.items()}
+        figures["lengths"].append({"tokens": N, "side": PATCH * round(N**0.5), **rows})
+    return figures
+
+
+def record_figures(run):
+    """How the record of the attention's speed was made."""
+    return {
+        "cpu": run["hardware"]["cpu"],
+        "threads": run["hardware"]["cores"],
+        "heads": run["config"]["heads"],
+        "channels": run["config"]["channels_per_head"],
+        "torch": run["versions"]["torch"],
+        "rounds": run["config"]["rounds"],
+        "command": run["command"],
+        "path": RECORD,
+        "fitted_from": min(FITTED),
+        "fitted_batch": run["config"]["tokens_in_a_batch_for_slopes"],
+    }
+
+
 def code_lines(module):
-    """The lines of a module's code, from its constructor on."""
-    source = inspect.getsource(module)
-    return source[source.index("    def __init__") :].splitlines()
+    """A module's code below its docstring, a line a statement however the source is wrapped."""
+    (tree,) = ast.parse(inspect.getsource(module)).body
+    return ast.unparse(tree.body[1:]).splitlines()
 
 
 def changed_lines():
@@ -122,187 +117,142 @@ def changed_lines():
     return sum(line.startswith("- ") for line in diff), sum(line.startswith("+ ") for line in diff)
 
 
-def claims(run):
-    forward, backward = (
-        slope(run, "contiguous", "forward"),
-        slope(run, "contiguous", "forward+backward"),
-    )
-    far, far_back = (
-        row(run, "contiguous", "forward", 4096),
-        row(run, "contiguous", "forward+backward", 4096),
-    )
-    module = row(run, "module", "forward", 4096)
-    gone, come = changed_lines()
-    later = "not yet measured"
-    return [
-        (
-            "softmax attention costs O(N²)",
-            "[2](part1/02_quadratic_bill)",
-            f"time of `scaled_dot_product_attention` grows as $N^{{{forward['softmax_seconds_slope']:.2f}}}$",
-        ),
-        (
-            "its own attention is linear",
-            "[4](part2/04_factorize), [6](part2/06_a_few_lines)",
-            f"time grows as $N^{{{forward['xnorm_seconds_slope']:.2f}}}$ ($N^{{{backward['xnorm_seconds_slope']:.2f}}}$ with the "
-            f"backward pass), memory as $N^{{{forward['xnorm_peak_bytes_slope']:.2f}}}$",
-        ),
-        (
-            "the softmax is eliminated",
-            "[3](part2/03_kernel_smoother), [4](part2/04_factorize)",
-            "shown: with a softmax in between, the output is no function of Q and KᵀV",
-        ),
-        (
-            "factorized without a complicated approximation",
-            "[3](part2/03_kernel_smoother), [4](part2/04_factorize)",
-            "shown: (QKᵀ)V = Q(KᵀV) to the rounding of float64",
-        ),
-        (
-            "a few changed lines",
-            "[6](part2/06_a_few_lines)",
-            f"lines of the module that go: {gone}, that come: {come}",
-        ),
-        (
-            "faster inference",
-            "[6](part2/06_a_few_lines)",
-            f"at 4,096 tokens {far['ratio']:.0f}× (forward), {far_back['ratio']:.0f}× (forward and backward); "
-            f"the whole module {module['ratio']:.1f}×",
-        ),
-        (
-            "less GPU memory",
-            "[2](part1/02_quadratic_bill), [6](part2/06_a_few_lines)",
-            f"on a CPU {far['xnorm_peak_bytes'] / far['softmax_peak_bytes']:.1f} times that of PyTorch's fused softmax (forward), "
-            f"{far_back['xnorm_peak_bytes'] / far_back['softmax_peak_bytes']:.1f} times (forward and backward): both are linear; "
-            "on a GPU " + later,
-        ),
-        (
-            "better classification than most transformers",
-            "[11](part4/11_cifar), [12](part4/12_imagenet_subset), [13](part4/13_what_matters)",
-            classification(),
-        ),
-        (
-            "better dense prediction than most transformers",
-            "[14](part5/14_segmentation), [15](part5/15_detection)",
-            dense_prediction(),
-        ),
-    ]
-
-
-def claims_table(run, links):
-    lines = ["| The paper claims | Chapter | What we measured |", "|---|---|---|"]
-    for claim, where, measured in claims(run):
-        lines.append(
-            f"| {claim} | {where if links else re.sub(r'[(].*?[)]|[][]', '', where)} | {measured} |"
+def percent(run, score):
+    """A training run's score on the test pictures when it ended, in percent."""
+    ended = run["results"][0]
+    if f"test_{score}" not in ended:
+        raise ValueError(
+            f"the record of `{run['command']}` has {', '.join(ended)}, expected test_{score}: "
+            "let the run end and copy its record again"
         )
-    return "\n".join(lines)
+    return 100 * ended[f"test_{score}"]
 
 
-def speed_table(run):
-    lines = [
-        "| tokens N | image at patch 16 | forward | forward + backward | whole module, forward |",
-        "|---|---|---|---|---|",
-    ]
-    for N in sorted({r["tokens"] for r in run["results"]}):
-        cells = [
-            row(run, what, direction, N)
-            for what, direction in [
-                ("contiguous", "forward"),
-                ("contiguous", "forward+backward"),
-                ("module", "forward"),
-            ]
-        ]
-        ratios = " | ".join(
-            f"{c['ratio']:.2f}× ({c['ratio_min']:.2f}–{c['ratio_max']:.2f})" for c in cells
-        )
-        lines.append(f"| {N:,} | {PATCH * round(N**0.5):,} px | {ratios} |")
-    return "\n".join(lines)
-
-
-def models_table():
-    """Whole models beside DeiT, one row for each size of image; a GPU's column waits for its record."""
-    peer, names = (
-        "deit_small_patch16_224",
-        {"xvit_small": "X-ViT", "xcit_small_12_p16_224": "XCiT", "deit_small_patch16_224": "DeiT"},
-    )
-    cpu = record("bench/models-cpu.json")
-    gpu = (
-        record("bench/models-gpu.json")["results"]
-        if (RUNS / "bench/models-gpu.json").exists()
-        else []
-    )
-    sides = {
-        side: {r["model"]: r for r in cpu["results"] if r["side"] == side}
-        for side in {r["side"]: 0 for r in cpu["results"]}
+def seeds(attention, pattern):
+    """Name, mean and standard deviation of the runs of chapter 13 that match, one a seed."""
+    paths = sorted((RUNS / "train").glob(f"{pattern}-[0-9].json"))
+    found = [percent(record(path.relative_to(RUNS).as_posix()), "top1") for path in paths]
+    return {
+        "name": NAMES[attention],
+        "percent": statistics.mean(found),
+        "deviation": statistics.stdev(found),
     }
-    lines = [
-        "| side, px | tokens | images/s on a CPU: "
-        + ", ".join(names.values())
-        + " | X-ViT over DeiT | XCiT over DeiT "
-        "| peak memory of an image, MB | X-ViT over DeiT on a GPU, bfloat16, compiled |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for side, models in sides.items():
-        ratios = [
-            f"{r['ratio']:.2f}× ({r['ratio_min']:.2f}–{r['ratio_max']:.2f})"
-            for name, r in models.items()
-            if name != peer
-        ]
-        fast = next(
-            (
-                f"{r['ratio']:.2f}×" if r["ratio"] else r["reason"]
-                for r in gpu
-                if (r["model"], r["side"], r["compiled"]) == ("xvit_small", side, True)
-            ),
-            "not yet measured",
-        )
-        speeds = ", ".join(f"{models[n]['images_per_second']:.1f}" for n in names)
-        peaks = ", ".join(
-            f"{models[n]['peak_bytes'] / models[n]['batch'] / 1e6:.0f}" for n in names
-        )
-        lines.append(
-            f"| {side:,} | {models[peer]['tokens']:,} | {speeds} | "
-            f"{' | '.join(ratios)} | {peaks} | {fast} |"
-        )
-    ours = {side: (models["xvit_small"], models[peer]) for side, models in sides.items()}
-    slower, faster = (
-        " and ".join(f"{side:,}" for side, (x, _) in ours.items() if test(x["ratio"]))
-        for test in (lambda ratio: ratio < 0.95, lambda ratio: ratio > 1.05)
-    )
-    heavier = all(x["peak_bytes"] > d["peak_bytes"] for x, d in ours.values())
-    lines += [
-        "",
-        f"On this CPU X-ViT is slower than DeiT at {slower} px and faster at {faster} px: its stem and its convolutions cost "
-        "more than its attention saves while tokens are few."
-        + (
-            " It holds more memory at every size, for PyTorch's fused softmax needs no N × N matrix either."
-            if heavier
-            else ""
-        )
-        + f" Sizes are those of xvit_small, XCiT-S12/16 and DeiT-S/16; recorded by `{cpu['command']}`, float32, "
-        f"{cpu['hardware']['cores']} threads, median and range of {cpu['config']['rounds']} rounds.",
-    ]
-    return "\n".join(lines)
 
 
-def caption(run, folder):
-    """Says how the record was made, with a link to it; `folder` is the page's."""
-    link = f"[{RECORD}]({RECORD.removeprefix(folder)})"
-    return (
-        f"{run['hardware']['cpu']}, {run['hardware']['cores']} threads, float32, "
-        f"{run['config']['heads']} heads of {run['config']['channels_per_head']} channels, torch "
-        f"{run['versions']['torch']}, median of {run['config']['rounds']} rounds; recorded by `{run['command']}` "
-        f"in {link}. Exponents are fitted to {min(FITTED):,} tokens and more, in batches of "
-        f"{run['config']['tokens_in_a_batch_for_slopes']:,} tokens, so that all tensors are of one size."
+def single_runs(data, attentions, score):
+    """Name and score of one run an attention."""
+    runs = {a: record(f"train/{data}-{a}.json") for a in attentions}
+    return [{"name": NAMES[a], "percent": percent(run, score)} for a, run in runs.items()]
+
+
+def classification_figures():
+    """Of the claim about classification: chapters 11 to 13."""
+    compared = [seeds(a, f"study/{a}") for a in NAMES]
+    small = record("train/cifar10-second.json")
+    return {
+        "study": {
+            "parameters": record("train/study/xnorm-0.json")["parameters"],
+            "attentions": sorted(compared, key=lambda found: found["percent"], reverse=True),
+            "twice_the_rate": [seeds(a, f"rates/{a}-0.002") for a in ("xnorm", "softmax")],
+        },
+        "cifar10": {"parameters": small["parameters"], "percent": percent(small, "top1")},
+        "imagenette": single_runs("imagenette", ("xnorm", "softmax"), "top1"),
+    }
+
+
+def dense_figures():
+    """Of the claim about dense prediction: chapters 14 and 15."""
+    cells = record("train/bccd-xnorm.json")
+    steps = record("bench/dense-cpu.json")["results"]
+    softmax = max((r for r in steps if r["model"] == "softmax"), key=lambda r: r["tokens"])
+    (ours,) = (r for r in steps if r["model"] == "xnorm" and r["tokens"] == softmax["tokens"])
+    softmax_seconds = softmax["seconds"] or softmax["first_seconds"]
+    return {
+        "camvid": {
+            "parameters": record("train/camvid-xnorm.json")["parameters"],
+            "attentions": single_runs("camvid", ("xnorm", "softmax", "xca"), "miou"),
+        },
+        "bccd": {"map": percent(cells, "map"), "map50": percent(cells, "map50")},
+        "dense_step": {
+            "height": softmax["height"],
+            "width": softmax["width"],
+            "ratio": softmax_seconds / ours["seconds"],
+        },
+    }
+
+
+def model_figures():
+    """Whole models beside DeiT, by the side of the image."""
+    cpu = record("bench/models-cpu.json")
+    measured_on_gpu = (RUNS / "bench/models-gpu.json").exists()
+    gpu = record("bench/models-gpu.json")["results"] if measured_on_gpu else []
+    compiled = {r["side"]: r for r in gpu if r["compiled"] and r["model"] == MODELS["xvit"]}
+    sides = []
+    for side in dict.fromkeys(r["side"] for r in cpu["results"]):
+        rows = {r["model"]: r for r in cpu["results"] if r["side"] == side}
+        models = {name: rows[model] for name, model in MODELS.items()}
+        for r in models.values():
+            r["megabytes"] = r["peak_bytes"] / r["batch"] / 1e6  # of one image
+        tokens = models["deit"]["tokens"]
+        sides.append({"side": side, "tokens": tokens, **models, "gpu": compiled.get(side)})
+    return {
+        "sides": sides,
+        "slower": [s["side"] for s in sides if s["xvit"]["ratio"] < 1 - ALIKE],
+        "faster": [s["side"] for s in sides if s["xvit"]["ratio"] > 1 + ALIKE],
+        "heavier": all(s["xvit"]["peak_bytes"] > s["deit"]["peak_bytes"] for s in sides),
+        "command": cpu["command"],
+        "threads": cpu["hardware"]["cores"],
+        "rounds": cpu["config"]["rounds"],
+    }
+
+
+def figures(run):
+    """Everything that the templates may name."""
+    gone, come = changed_lines()
+    pages = {int(path.stem[:2]): f"{path.parent.name}/{path.stem}" for path in chapters()}
+    return {
+        "attention": attention_figures(run),
+        "record": record_figures(run),
+        "lines": {"gone": gone, "come": come},
+        **classification_figures(),
+        **dense_figures(),
+        "models": model_figures(),
+        "chapters": pages,
+    }
+
+
+def fixed(number, digits=0):
+    """A number with so many decimals and a comma between thousands."""
+    return f"{float(number):,.{digits}f}"  # float() of an undefined name says which
+
+
+def flow(text):
+    """A wrapped text on one line."""
+    return " ".join(text.split())
+
+
+def render(name, **values):
+    """What book/templates/NAME.md.j2 makes of the values; a name that is not there is an error."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
+    environment.filters |= {"fixed": fixed, "flow": flow}
+    return environment.get_template(f"{name}.md.j2").render(values).strip()
 
 
 def blocks(run):
+    """{name of a page's part: its text}; the README, which has no pages to link, has plain ones."""
+    known = figures(run)
     return {
-        "claims": claims_table(run, links=True),
-        "claims, plain": claims_table(run, links=False),
-        "speed": speed_table(run),
-        "models": models_table(),
-        "record": caption(run, "book/"),
-        "record, plain": caption(run, ""),
+        "claims": render("claims", **known, links=True),
+        "claims, plain": render("claims", **known, links=False),
+        "speed": render("speed", **known),
+        "models": render("models", **known),
+        "record": render("record", **known, link=RECORD.removeprefix("book/")),
+        "record, plain": render("record", **known, link=RECORD),
     }
 
 
@@ -313,15 +263,13 @@ def fill(text, run):
     def renew(match):
         if match["name"] not in known:
             raise ValueError(
-                f"unknown part {match['name']!r}, expected one of {sorted(known)}: correct the marker"
+                f"unknown part {match['name']!r}, expected one of {sorted(known)}: "
+                "correct the marker"
             )
-        return (
-            f"<!-- from the records: {match['name']} -->\n\n{known[match['name']]}\n\n<!-- end -->"
-        )
+        return f"{match['begin']}\n\n{known[match['name']]}\n\n<!-- end -->"
 
-    return re.sub(
-        r"<!-- from the records: (?P<name>.*?) -->.*?<!-- end -->", renew, text, flags=re.DOTALL
-    )
+    part = r"(?P<begin><!-- from the records: (?P<name>.*?) -->).*?<!-- end -->"
+    return re.sub(part, renew, text, flags=re.DOTALL)
 
 
 def fingerprint(run):
@@ -399,7 +347,8 @@ def stale(run):
             or imread(path).ndim != 3
         ):
             found.append(
-                f"book/figures/cost-{mode}.png was not drawn from {RECORD} as it is: run `make notebooks`"
+                f"book/figures/cost-{mode}.png was not drawn from {RECORD} as it is: "
+                "run `make notebooks`"
             )
     return found
 

@@ -1,11 +1,14 @@
 """Keep what the book shows equal to what it comes from.
 
-    python book/tools/sync.py [CHAPTER.ipynb ...]     rewrite, then execute these chapters (all of them without arguments)
-    python book/tools/sync.py --check                 rewrite nothing, say what differs, exit 1 if anything does
-    python book/tools/sync.py --no-execute            rewrite only
+    python book/tools/sync.py [CHAPTER.ipynb ...]   rewrite, then execute these chapters (all of
+                                                    them without arguments)
+    python book/tools/sync.py --check               rewrite nothing, say what differs, exit 1 if
+                                                    anything does
+    python book/tools/sync.py --no-execute          rewrite only
 
-Rewritten are the set-up cell of every chapter (from setup_cell.py and _config.yml) and the cells that begin with the
-path of a package file (from that file). Everything is written through a temporary file, so an interruption loses nothing.
+Rewritten are the set-up cell of every chapter (from setup_cell.py and _config.yml) and the cells
+that begin with the path of a package file (from that file). Everything is written through a
+temporary file, so an interruption loses nothing.
 """
 
 import argparse
@@ -38,7 +41,8 @@ def setup_source(root=ROOT):
     source = (root / "book/tools/setup_cell.py").read_text().strip()
     if placeholder not in source:
         raise ValueError(
-            f"book/tools/setup_cell.py does not contain {placeholder}: put it back, it is replaced in the chapters"
+            f"book/tools/setup_cell.py does not contain {placeholder}: put it back, "
+            "it is replaced in the chapters"
         )
     return source.replace(placeholder, f"{repository['url']}@{repository['branch']}")
 
@@ -76,7 +80,7 @@ def package_file(cell):
 
 
 def package_source(cell, root=ROOT):
-    """What a package cell has to hold: the same names, in the same order, as the package has them now."""
+    """What a package cell has to hold: its names, in its order, as the package has them now."""
     path = package_file(cell)
     if not (root / path).exists():
         raise ValueError(f"a cell shows {path}, which does not exist: correct its first line")
@@ -86,8 +90,8 @@ def package_source(cell, root=ROOT):
         name = defined_name(node)
         if name not in known:
             raise ValueError(
-                f"a cell shows {name or ast.unparse(node)[:60]!r} as part of {path}, which has no such "
-                "definition: add it there, or take the first line off the cell"
+                f"a cell shows {name or ast.unparse(node)[:60]!r} as part of {path}, which has no "
+                "such definition: add it there, or take the first line off the cell"
             )
         parts.append(known[name])
     text = parts[0] + "\n" + parts[1] if len(parts) > 1 else parts[0]
@@ -98,7 +102,7 @@ def package_source(cell, root=ROOT):
 
 
 def rewrite(notebook, root=ROOT):
-    """Bring a notebook's set-up and package cells up to date in place; return the indices of the changed cells."""
+    """Bring a notebook's set-up and package cells up to date in place; return which changed."""
     changed = []
     for index, cell in enumerate(notebook.cells):
         if cell.cell_type != "code":
@@ -116,7 +120,7 @@ def rewrite(notebook, root=ROOT):
 
 
 def execute(notebook, path):
-    """Run a notebook from its own folder and keep of the result what does not change from run to run."""
+    """Run a notebook from its own folder; keep what does not change from run to run."""
     from nbclient import NotebookClient
 
     here = {"metadata": {"path": str(path.parent)}}

@@ -1,0 +1,58 @@
+"""Every recorded training run, declared once: `make runs` makes them, pages take names from here.
+
+An experiment is one configuration with its seeds; its records are book/runs/train/NAME-SEED.json.
+What is compared, by which test and how often was written down here before the runs were made.
+"""
+
+import json
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One configuration, run once with each of its seeds.
+
+    `options`: what `recipe` is given, beside the seed. `rate_from`: the names' beginning of the
+    experiments whose best validation score settles the learning rate. `minutes`: of one thread, for
+    a seed, as measured. `needs`: "any" or "gpu". `priority`: lower ones run first.
+    """
+
+    name: str
+    question: str
+    options: dict
+    minutes: float
+    priority: int
+    seeds: tuple = (0, 1, 2)
+    needs: str = "any"
+    rate_from: str | None = None
+
+    def settled(self, records):
+        """The options, the learning rate filled in; None while a run that tunes it is missing."""
+        if self.rate_from is None:
+            return self.options
+        tuning = [e for e in EXPERIMENTS if e.name.startswith(f"{self.rate_from}-")]
+        paths = {e: [records / f"{e.name}-{seed}.json" for seed in e.seeds] for e in tuning}
+        if not all(path.exists() for each in paths.values() for path in each):
+            return None
+        best = max(tuning, key=lambda e: sum(map(validation_score, paths[e])) / len(paths[e]))
+        return {**self.options, "lr": best.options["lr"]}
+
+
+def validation_score(path):
+    """The score on validation pictures after the last epoch of a recorded run."""
+    last = json.loads(path.read_text())["epochs"][-1]
+    return next(last[f"val_{score}"] for score in ("top1", "miou", "map") if f"val_{score}" in last)
+
+
+# Records made by version 1 of the training code: chosen on the test set, one rate for all. They
+# stay until the runs below have taken their place on the pages. Pattern: what it was for.
+ARCHIVE = {
+    "study/*": "chapter 13: eight attentions and X-ViT's parts at 10,000 pictures of CIFAR-10",
+    "rates/*": "chapter 13: the same at two and four times the rate",
+    "cifar10-*": "chapter 11: all of CIFAR-10, 0.62M parameters",
+    "imagenette-*": "chapter 12: Imagenette at 64 px",
+    "camvid-*": "chapter 14: CamVid at 180 x 240",
+    "bccd-*": "chapter 15: BCCD at 192 x 256",
+}
+
+EXPERIMENTS = ()
