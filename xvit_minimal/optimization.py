@@ -15,8 +15,8 @@ class Optimizer:
     AdamW alone; or Muon for the matrices of the blocks, whose update it turns into an orthogonal
     matrix, and AdamW for everything else. Muon's updates are scaled to the size of AdamW's, so that
     both take the same learning rate. Raises ValueError where torch has no Muon.
-    Sources: Loshchilov and Hutter, arXiv:1711.05101; Jordan et al., kellerjordan.github.io/posts/muon;
-    the scaling: Liu et al., arXiv:2502.16982.
+    Sources: Loshchilov and Hutter, arXiv:1711.05101; Jordan et al., Muon,
+    kellerjordan.github.io/posts/muon; the scaling: Liu et al., arXiv:2502.16982.
     """
 
     def __init__(self, name, model, weight_decay):

@@ -148,13 +148,13 @@ class Config:
     label_smoothing: float = _option(0.1, "share of each label that is spread over all classes")
     augment: str | None = _option(
         None,
-        f"one of {', '.join(AUGMENTATIONS)}, by default shift for small images and crop for others, "
-        "with randaugment in a long run; for dense tasks none, flip, crop",
+        f"one of {', '.join(AUGMENTATIONS)}, by default shift for small images and crop for "
+        "others, with randaugment in a long run; for dense tasks none, flip, crop",
     )
     mix: float | None = _option(
         None,
-        "share of the epochs, from the first on, with mixup and cutmix, 0 to 1; by default 0.6 in a "
-        "long run",
+        "share of the epochs, from the first on, with mixup and cutmix, 0 to 1; by default 0.6 in "
+        "a long run",
     )
     drop_path: float | None = _option(
         None, "probability of stochastic depth, by default 0.1 in a long run"
@@ -291,8 +291,8 @@ def settle(config, train_set):
     - optimizer: Muon for classification where torch has it, else AdamW;
     - augment, mix, drop_path: a long run, of 50 epochs and more, gets RandAugment, mixup and cutmix
       in 60% of its epochs, and stochastic depth of 0.1; a short one has seen too little for that;
-    - lr: that of CHOICES, for a batch of B < 128 (8 for dense tasks) times sqrt(B / 128), as the noise
-      of an adaptive gradient wants (Malladi et al., arXiv:2205.10287);
+    - lr: that of CHOICES, for a batch of B < 128 (8 for dense tasks) times sqrt(B / 128), as the
+      noise of an adaptive gradient wants (Malladi et al., arXiv:2205.10287);
     - warmup: a tenth of the epochs;
     - ema: 1 - 20 / steps of the run, so that the averaged weights are a twentieth of the run old.
     """
