@@ -30,12 +30,15 @@ class Experiment:
         """The options, the learning rate filled in; None while a run that tunes it is missing."""
         if self.rate_from is None:
             return self.options
-        tuning = [e for e in EXPERIMENTS if e.name.startswith(f"{self.rate_from}-")]
-        paths = {e: [records / f"{e.name}-{seed}.json" for seed in e.seeds] for e in tuning}
-        if not all(path.exists() for each in paths.values() for path in each):
-            return None
-        best = max(tuning, key=lambda e: sum(map(validation_score, paths[e])) / len(paths[e]))
-        return {**self.options, "lr": best.options["lr"]}
+        mean = {}  # validation score by learning rate
+        for tuning in EXPERIMENTS:
+            if tuning.name.startswith(f"{self.rate_from}-"):
+                paths = [records / f"{tuning.name}-{seed}.json" for seed in tuning.seeds]
+                if not all(path.exists() for path in paths):
+                    return None
+                mean[tuning.options["lr"]] = sum(map(validation_score, paths)) / len(paths)
+        best = max(mean, key=mean.get)
+        return {**self.options, "lr": best}
 
 
 def validation_score(path):
