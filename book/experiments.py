@@ -64,10 +64,10 @@ MIDDLE = dict(dim=72, depth=4, num_heads=4)  # 0.36 M
 LARGE = dict(dim=128, depth=5, num_heads=4)  # 1.29 M
 
 
-# Chapter 11: what each part of the short recipe is worth. Fixed: the middle body, 10,000 pictures of
-# CIFAR-10, 6 epochs, steps of 64. One thing is changed against `recipe/base` at a time, the score is
-# that of the held-out 5,000, three seeds each; each row is compared with the base by a paired test
-# over the seeds: 14 comparisons.
+# Chapter 11: what each part of the short recipe is worth. Fixed: the middle body, 10,000 pictures
+# of CIFAR-10, 6 epochs, steps of 64. One thing is changed against `recipe/base` at a time, the
+# score is that of the held-out 5,000, three seeds each; each row is compared with the base by a
+# paired test over the seeds: 14 comparisons.
 BASE = dict(
     **CIFAR,
     **MIDDLE,
