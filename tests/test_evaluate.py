@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -290,3 +292,28 @@ def test_a_dense_task_gets_its_own_scores(task, tmp_path, monkeypatch):
         assert sum(sum(c) for c in row["precision"].values()) / 101 / len(
             row["precision"]
         ) == pytest.approx(row["map50"], abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "script, package, words, message",
+    [
+        ("bench_models.py", "timm", [], "error: the bench needs XCiT and DeiT from timm"),
+        ("evaluate.py", "safetensors", ["bccd"], "error: reading weights needs safetensors"),
+        ("evaluate.py", "torchmetrics", ["bccd"], "error: detection needs torchmetrics"),
+        ("evaluate.py", "pycocotools", ["bccd"], "error: detection needs pycocotools"),
+    ],
+)
+def test_a_script_says_which_package_it_misses(script, package, words, message):
+    """In a process of its own, in which the package cannot be imported."""
+    code = (
+        "import runpy, sys; sys.modules[sys.argv.pop(1)] = None\n"
+        "sys.argv = sys.argv[1:]; sys.path.insert(0, 'book/tools')\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    words = [f"book/weights/{name}.safetensors" for name in words]
+    options = [*words, "--data", "bccd", "--out", "never"] if words else []
+    command = [sys.executable, "-c", code, package, f"book/tools/{script}", *options]
+    ended = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    (line,) = ended.stderr.strip().splitlines()
+    assert ended.returncode == 1 and line.startswith(message) and "pip install" in line
+    assert not (ROOT / "book/runs/evaluate/never.json").exists()

@@ -15,19 +15,20 @@ class Augment(nn.Module):
     """Batches uint8 (B, 3, H, W) on any device -> float32 (B, 3, H, W) on it, changed, normalized.
 
     `how` is one of AUGMENTATIONS. All but "none" mirror each image with probability 1/2; "shift"
-    then moves it by up to an eighth of its side, "crop" enlarges a part of it, each by a draw of
-    its own. "+randaugment" adds RandAugment (two operations, magnitude 9) with one draw for every
-    `group` images. All draws come from torch's global CPU generator. Raises ValueError for another
-    `how`, or a batch that is not uint8. Source: Cubuk et al., arXiv:1909.13719.
+    then moves it by up to an eighth of its side, "crop" enlarges a part of it to `size` (by default
+    the images' own), each by a draw of its own. "+randaugment" adds RandAugment (two operations,
+    magnitude 9) with one draw for every `group` images. All draws come from torch's global CPU
+    generator. Raises ValueError for another `how`, or a batch that is not uint8.
+    Source: Cubuk et al., arXiv:1909.13719.
     """
 
-    def __init__(self, how="shift+randaugment", group=16):
+    def __init__(self, how="shift+randaugment", group=16, size=None):
         super().__init__()
         if how not in AUGMENTATIONS:
             raise ValueError(
                 f"got augmentation {how!r}, expected one of {', '.join(AUGMENTATIONS)}"
             )
-        self.how, self.group = how, group
+        self.how, self.group, self.size = how, group, size
         self.randaugment = v2.RandAugment(num_ops=2, magnitude=9, fill=128)
 
     def forward(self, x):
@@ -40,7 +41,8 @@ class Augment(nn.Module):
         if move != "none":
             x = flip(x)
         if move in ("shift", "crop"):
-            x = shift(x, x.shape[-1] // 8) if move == "shift" else resized_crop(x, x.shape[-1])
+            side = self.size or x.shape[-1]
+            x = shift(x, x.shape[-1] // 8) if move == "shift" else resized_crop(x, side)
         if more:
             x = torch.cat([self.randaugment(part) for part in x.split(self.group)])
         return normalize(x)

@@ -78,7 +78,7 @@ def load(name, split="train", size=None, limit=None, root="data"):
     machine's memory.
     """
     check_request(split, size, limit)
-    size = size or (KNOWN[name][0] if name in KNOWN else 224)
+    size = size or side(name)
     if name == "shapes":
         return generated(split, size, limit, many=10_000)
     folder = find(name, root) or download(name, Path(root))
@@ -88,6 +88,11 @@ def load(name, split="train", size=None, limit=None, root="data"):
         else _read_folder
     )
     return read(name, folder, split, size, limit)
+
+
+def side(name):
+    """The side in pixels that the images of a set have by default."""
+    return KNOWN[name][0] if name in KNOWN else 224
 
 
 def find(name, root="data", known=KNOWN):

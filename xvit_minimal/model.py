@@ -205,6 +205,9 @@ class XViT(nn.Module):
         if sizes is not None:
             images = images.masked_fill(_padding(sizes, 1, (H, W)), 0)
         x = F.pad(images, (0, grid[1] * s - W, 0, grid[0] * s - H))
+        # tokens (B, N, C) lie in memory as a channels-last image does: from here on the changes
+        # between tokens and grids move no number
+        x = x.contiguous(memory_format=torch.channels_last)
         x = _beside_padding(self.stem, x, padding)  # (B, C, h, w)
         x = x + (self._positions(grid) if sizes is None else self._own_positions(grid, sizes))
         x = x.flatten(2).mT  # (B, N, C)

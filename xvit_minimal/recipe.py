@@ -10,9 +10,11 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import get_args
 
+from . import data
 from .augment import AUGMENTATIONS, DENSE_AUGMENTATIONS
 from .baselines import ATTENTIONS, VARIANTS
 from .model import SIZES, XViT
+from .optimization import OPTIMIZERS, has_muon
 
 _DENSE = dict(
     class_depth=0, label_smoothing=0.0, mix=0.0, drop_path=0.0, augment="crop"
@@ -35,9 +37,7 @@ RECIPES = {  # what (a task, a set) wants on top of that
         drop_path=0.0,
         ema=0.98,
     ),
-    ("classification", "imagenette"): dict(
-        stem_stride=8, augment="crop+randaugment", batch_size=128
-    ),
+    ("classification", "imagenette"): dict(stem_stride=8, batch_size=128),
     ("segmentation", "shapes"): dict(
         model="xvit_pico", epochs=3, batch_size=16, lr=2e-3, warmup=1, augment="flip", ema=0.98
     ),
@@ -46,12 +46,25 @@ RECIPES = {  # what (a task, a set) wants on top of that
     ),
 }
 # where `settle` begins and ends: a token's width (None: the model's), tokens a picture, pictures a
-# step, and from how many of these on the rate is 1e-3
+# step, from how many of these on the peak rate is the full one, and what that is in a short run and
+# in a long one
+_DENSE_RATES = {"muon": (1e-3, 1e-3), "adamw": (1e-3, 1e-3)}
 CHOICES = {
-    "classification": dict(stride=None, most_tokens=400, most_pictures=512, full_rate=128),
-    "segmentation": dict(stride=4, most_tokens=16_384, most_pictures=8, full_rate=8),
-    "detection": dict(stride=8, most_tokens=16_384, most_pictures=8, full_rate=8),
+    "classification": dict(
+        stride=None,
+        most_tokens=400,
+        most_pictures=512,
+        full_rate=128,
+        rates={"muon": (4e-3, 2e-3), "adamw": (4e-3, 1e-3)},
+    ),
+    "segmentation": dict(
+        stride=4, most_tokens=16_384, most_pictures=8, full_rate=8, rates=_DENSE_RATES
+    ),
+    "detection": dict(
+        stride=8, most_tokens=16_384, most_pictures=8, full_rate=8, rates=_DENSE_RATES
+    ),
 }
+LONG = 50  # epochs from which on a run is long: it can bear more augmentation
 STEPS = 20  # that an epoch should have at least
 STRIDES = (2, 4, 8, 16)  # pixels a token may be wide
 
@@ -121,8 +134,11 @@ class Config:
         "images of a step that a process computes at once, by default as many as half of the free "
         "memory holds; BatchNorm's statistics are theirs",
     )
+    optimizer: str | None = _option(
+        None, f"one of {', '.join(OPTIMIZERS)}; by default muon, where torch has it"
+    )
     lr: float | None = _option(
-        None, "peak learning rate of AdamW; by default 1e-3, and less for a small batch"
+        None, "peak learning rate; by default it follows optimizer, epochs and batch"
     )
     final_lr: float = _option(1e-5, "learning rate at the end of the cosine")
     warmup: float | None = _option(
@@ -130,13 +146,22 @@ class Config:
     )
     weight_decay: float = _option(0.05, "on the weights of linear maps and convolutions alone")
     label_smoothing: float = _option(0.1, "share of each label that is spread over all classes")
-    augment: str = _option(
-        "shift+randaugment", f"one of {', '.join(AUGMENTATIONS)}; for dense tasks none, flip, crop"
+    augment: str | None = _option(
+        None,
+        f"one of {', '.join(AUGMENTATIONS)}, by default shift for small images and crop for "
+        "others, with randaugment in a long run; for dense tasks none, flip, crop",
     )
-    mix: float = _option(
-        0.6, "share of the epochs, from the first on, with mixup and cutmix, 0 to 1"
+    mix: float | None = _option(
+        None,
+        "share of the epochs, from the first on, with mixup and cutmix, 0 to 1; by default 0.6 in "
+        "a long run",
     )
-    drop_path: float = _option(0.1, "probability of stochastic depth")
+    drop_path: float | None = _option(
+        None, "probability of stochastic depth, by default 0.1 in a long run"
+    )
+    small: float = _option(
+        0.0, "share of the epochs, from the first on, with images of three quarters of their size"
+    )
     ema: float | None = _option(
         None,
         "decay of the averaged weights, which are the ones evaluated and kept; by default their "
@@ -155,7 +180,9 @@ class Config:
     device: str | None = _option(
         None, "cpu, cuda, cuda:1, mps, ...; by default a GPU if there is one"
     )
-    amp: bool | None = _option(None, "bfloat16 autocast; by default where a GPU has it")
+    amp: bool | None = _option(
+        None, "bfloat16 autocast; by default where a GPU or a CPU (AMX, AVX512-BF16) has it"
+    )
     compile: bool | None = _option(None, "torch.compile; by default on a GPU")
 
     def __post_init__(self):
@@ -172,9 +199,11 @@ class Config:
         known("model", self.model, SIZES)
         known("attention", self.attention, ATTENTIONS | VARIANTS)
         known("task", self.task, TASK_DEFAULTS)
-        known(
-            "augment", self.augment, DENSE_AUGMENTATIONS if is_dense(self.task) else AUGMENTATIONS
-        )
+        if self.optimizer is not None:
+            known("optimizer", self.optimizer, OPTIMIZERS)
+        if self.augment is not None:
+            changes = DENSE_AUGMENTATIONS if is_dense(self.task) else AUGMENTATIONS
+            known("augment", self.augment, changes)
         for name in ("data", "out", "init"):
             path = getattr(self, name)
             if path is not None and (not path.strip() or "\0" in path):
@@ -191,12 +220,12 @@ class Config:
             )
 
     def _check_combinations(self):
-        whole_image = (self.mix, self.label_smoothing, self.class_depth)
-        if is_dense(self.task) and whole_image != (0, 0, 0):
+        whole_image = (self.mix, self.label_smoothing, self.class_depth, self.small)
+        if is_dense(self.task) and whole_image != (0, 0, 0, 0):
             raise ValueError(
                 f"got mix={self.mix}, label_smoothing={self.label_smoothing}, "
-                f"class_depth={self.class_depth} for {self.task}, expected 0 for all three: they "
-                "are for one label an image; leave them out"
+                f"class_depth={self.class_depth}, small={self.small} for {self.task}, expected 0 "
+                "for all four: they are for one label an image; leave them out"
             )
         if self.attention == "none" and self.class_depth != 0:
             raise ValueError(
@@ -219,7 +248,7 @@ _RANGES = (
     ("lr", lambda v: 0 < v < math.inf, "a positive number"),
     ("final_lr warmup weight_decay", lambda v: 0 <= v < math.inf, "a number of at least 0"),
     ("label_smoothing drop_path ema", lambda v: 0 <= v < 1, "a number from 0 to below 1"),
-    ("mix", lambda v: 0 <= v <= 1, "a number from 0 to 1"),
+    ("mix small", lambda v: 0 <= v <= 1, "a number from 0 to 1"),
 )
 _TYPES = {  # what is taken for each type of an option, and how it is called
     bool: (bool, "True or False"),
@@ -259,20 +288,24 @@ def settle(config, train_set):
       most 400 tokens (16,384 for dense tasks), or it is 16;
     - batch_size: 512 (8 for dense tasks), halved until an epoch has at least 20 steps or a step
       only 4 pictures;
-    - lr: 1e-3, for a batch of B < 128 (8 for dense tasks) 1e-3 * sqrt(B / 128), as the noise of
-      AdamW's gradient wants (Malladi et al., arXiv:2205.10287);
+    - optimizer: Muon for classification where torch has it, else AdamW;
+    - augment, mix, drop_path: a long run, of 50 epochs and more, gets RandAugment, mixup and cutmix
+      in 60% of its epochs, and stochastic depth of 0.1; a short one has seen too little for that;
+    - lr: that of CHOICES, for a batch of B < 128 (8 for dense tasks) times sqrt(B / 128), as the
+      noise of an adaptive gradient wants (Malladi et al., arXiv:2205.10287);
     - warmup: a tenth of the epochs;
     - ema: 1 - 20 / steps of the run, so that the averaged weights are a twentieth of the run old.
     """
     bounds, n = CHOICES[config.task], len(train_set)
-    height, width = train_set.images.shape[-2:]
+    height, width = image_size(config, train_set)
     chosen, lines = {}, []
 
     def choose(name, value, reason):
         if (given := getattr(config, name)) is not None:
             return given
         chosen[name] = value
-        lines.append(f"chosen: --{name.replace('_', '-')} {value:g}, because {reason}")
+        shown = value if isinstance(value, str) else f"{value:g}"
+        lines.append(f"chosen: --{name.replace('_', '-')} {shown}, because {reason}")
         return value
 
     usual = stride = bounds["stride"] or SIZES[config.model].get("stem_stride", 16)
@@ -289,11 +322,20 @@ def settle(config, train_set):
     reason = f"an epoch of {n:,} pictures then has {-(-n // batch):,} steps"
     batch = choose("batch_size", batch, reason)
 
-    rate, full = 1e-3, bounds["full_rate"]
-    reason = f"a step averages {batch} pictures"
+    long = config.epochs >= LONG
+    length = f"a run of {config.epochs} epochs is {'long' if long else 'short'}"
+    choose("augment", move(config) + ("+randaugment" if long else ""), length)
+    choose("mix", 0.6 if long else 0.0, length)
+    choose("drop_path", 0.1 if long else 0.0, length)
+
+    muon = has_muon() and not is_dense(config.task)
+    reason = "it learns faster" if muon else "Muon was not tried here, or torch has none"
+    optimizer = choose("optimizer", "muon" if muon else "adamw", reason)
+    rate, full = bounds["rates"][optimizer][long], bounds["full_rate"]
+    reason = f"{length}, and a step of {optimizer} averages {batch} pictures"
     if batch < full:
+        reason += f", and {rate:g} is for {full} and more"
         rate = round(rate * (batch / full) ** 0.5, 6)
-        reason += f", and 1e-3 is for {full} and more"
     choose("lr", rate, reason)
 
     choose("warmup", config.epochs / 10, f"it is a tenth of {config.epochs} epochs")
@@ -301,6 +343,29 @@ def settle(config, train_set):
     decay = round(max(0.0, 1 - 20 / steps), 6)
     choose("ema", decay, f"the weights are then averaged over a twentieth of {steps:,} steps")
     return replace(config, **chosen), lines
+
+
+def image_size(config, train_set):
+    """(height, width) of the images that the model sees; a set's training images may be larger, to
+    have crops cut out."""
+    if is_dense(config.task):
+        return tuple(train_set.images.shape[-2:])
+    side = config.size or data.side(config.data)
+    return side, side
+
+
+def stored_side(config):
+    """The side at which training images for classification are held: crops are cut from images half
+    as large again, where the set has such, so that a small part of one is still sharp."""
+    side = config.size or data.side(config.data)
+    if not (config.augment or move(config)).startswith("crop"):
+        return side
+    return max(side, min(round(1.5 * side), data.side(config.data)))
+
+
+def move(config):
+    """How training images for classification are moved: small ones lose too much by a crop."""
+    return "crop" if (config.size or data.side(config.data)) > 48 else "shift"
 
 
 def tokens(height, width, stride):

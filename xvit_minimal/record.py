@@ -116,9 +116,14 @@ def _locked(path):
         file.close()  # of a run that has just ended and taken its file away: once more
 
 
+# Raised whenever a change makes the same command train another model: records of a lower one are
+# stale. 1 chose on the test set; 2 holds validation pictures out, and trains with Muon.
+CODE = 2
+
+
 def provenance(device):
-    """{"commit", "versions", "hardware"}: which code ran, on what. The commit is None outside a git
-    checkout, and ends in -dirty if the package has changes that are not committed."""
+    """{"code", "commit", "versions", "hardware"}: which code ran, on what. The commit is None
+    outside a git checkout, and ends in -dirty if the package has changes that are not committed."""
     versions = {
         "python": platform.python_version(),
         "torch": str(torch.__version__),  # TorchVersion is not text to a checkpoint
@@ -128,13 +133,11 @@ def provenance(device):
     gpu = driver = None
     if torch.device(device).type == "cuda":
         gpu = torch.cuda.get_device_name()
-        with contextlib.suppress(
-            OSError, subprocess.CalledProcessError
-        ):  # not every GPU is NVIDIA's
-            driver = _output(
-                "nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"
-            ).split()[0]
+        asked = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+        with contextlib.suppress(OSError, subprocess.CalledProcessError):  # a GPU of another maker
+            driver = _output(*asked).split()[0]
     return {
+        "code": CODE,
         "commit": _commit(),
         "versions": versions,
         "hardware": {"cpu": _cpu(), "cores": torch.get_num_threads(), "gpu": gpu, "driver": driver},

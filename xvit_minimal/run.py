@@ -16,7 +16,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from .distributed import rank, synchronize_batch_norms, total, world
 from .memory import free_memory, memory_per_picture, micro_batch
-from .optimization import averaging, learning_rate, parameter_groups
+from .optimization import Optimizer, averaging, learning_rate
 from .record import checkpoint_bytes, peak_memory, write
 from .resume import fingerprints
 from .tasks import TASKS
@@ -55,9 +55,8 @@ class Run:
         self.data, self.processes = fingerprints(config, sets), world()
         self.train_set = sets["train"]
         self.steps = len(self.order(0))  # of an epoch
-        height, width = self.train_set.images.shape[-2:]
-        self.size = width if width == height else (height, width)
         self.task = TASKS[config.task](config, self.train_set)
+        self.size = self.task.size
         torch.manual_seed(config.seed)  # the same first weights in every process
         self.model = self.task.model(config, len(self.train_set.classes), self.size).to(device)
         if config.init and state is None:
@@ -68,7 +67,7 @@ class Run:
             synchronize_batch_norms(self.model)
         average = averaging(config.ema)
         self.ema = AveragedModel(self.model, multi_avg_fn=average, use_buffers=True)
-        self.optimizer = torch.optim.AdamW(parameter_groups(self.model, config.weight_decay))
+        self.optimizer = Optimizer(config.optimizer, self.model, config.weight_decay)
         self.step, self.seconds, self.peak, self.history = 0, 0.0, 0, []
         self.started = datetime.now(timezone.utc).isoformat(timespec="seconds")
         self.loss = 0.0  # the sum over this epoch's pictures, of all processes
@@ -117,9 +116,7 @@ class Run:
         loss = self._gradient(index, asked)
         if loss is None:
             return False
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.step, self.config, self.steps)
-        self.optimizer.step()
+        self.optimizer.step(learning_rate(self.step, self.config, self.steps))
         self.ema.update_parameters(self.model)
         self.sums += loss * len(index) / world()  # a process's part of the step's sum
         self.step += 1
@@ -260,7 +257,7 @@ class Run:
         if "val" in self.sets and (epoch % config.eval_epochs == 0 or epoch == config.epochs):
             row |= self.scores("val")
         if epoch == config.epochs:
-            self.results = {"epoch": epoch, **self.scores("test")}
+            self.results = {"epoch": epoch, **self.scores("test"), **self.details()}
         self.history.append(row)
         self.loss = 0.0
         self._look_at_memory()
@@ -281,6 +278,13 @@ class Run:
             )
         finite = {key: value if math.isfinite(value) else None for key, value in found.items()}
         return {f"{split}_{key}": value for key, value in finite.items()}
+
+    def details(self):
+        """What a record holds of the test pictures beside the scores, for tasks that have such."""
+        if not hasattr(self.task, "details"):
+            return {}
+        found = self.task.details(self.ema.module, self.sets["test"], self.config.amp)
+        return {f"test_{key}": value for key, value in found.items()}
 
     def _line(self, row):
         name = f"val_{self.task.score}"

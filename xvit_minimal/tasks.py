@@ -8,6 +8,10 @@ weighted mean of the parts' losses is the whole batch's loss. `evaluate` is a di
 of which `score` names the one to look at. With several processes each does a part.
 """
 
+import base64
+from dataclasses import replace
+
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -20,8 +24,9 @@ from .distributed import rank, total, world
 from .images import stack
 from .matching import BestThreshold, every_box
 from .model import cost
+from .optimization import check_optimizer
 from .packages import require
-from .recipe import build
+from .recipe import build, image_size, stored_side
 
 
 class Classification:
@@ -34,7 +39,8 @@ class Classification:
 
     def __init__(self, config, train_set):
         self.config, classes = config, len(train_set.classes)
-        self.augment = Augment(config.augment)
+        self.size, _ = image_size(config, train_set)
+        self.augment = Augment(config.augment, size=self.size)
         self.mix = v2.RandomChoice(
             [v2.MixUp(alpha=0.8, num_classes=classes), v2.CutMix(alpha=1.0, num_classes=classes)]
         )
@@ -43,17 +49,22 @@ class Classification:
     def check(config):
         """Raises ValueError if a package is missing."""
         require("classification", "safetensors", "tqdm")
+        check_optimizer(config.optimizer)
 
     @staticmethod
     def load(config, split, limit):
         """The part `split` of the Config's set."""
-        return data.load(config.data, split, config.size, limit)
+        side = stored_side(config) if split.startswith("train") else config.size
+        return data.load(config.data, split, side, limit)
 
     def batch(self, images, index, epoch, device):
         """(x, labels): the images `index` of an ImageSet, augmented; all random draws of a step but
         the model's own."""
         x = self.augment(images.images[index].to(device))  # uint8 -> floats (B, 3, H, W)
         labels = images.labels[index].to(device)  # (B,)
+        if epoch < self.config.small * self.config.epochs:
+            small = 3 * self.size // 4
+            x = F.interpolate(x, (small, small), mode="bilinear", antialias=True)
         if epoch < self.config.mix * self.config.epochs:
             x, labels = self.mix(x, labels)  # labels (B, classes): two classes share an image
         return x, labels
@@ -69,6 +80,26 @@ class Classification:
     def weight(batch):
         """How many images the loss is a mean of."""
         return len(batch[0])
+
+    @classmethod
+    @torch.no_grad()
+    def details(cls, model, images, amp=False):
+        """{"top1_flip", "hits"}: the share of right answers if each image and its mirror image are
+        asked, their probabilities averaged; and which images were right without that, one bit each,
+        `numpy.packbits` in base64, so that two models can be compared image by image."""
+        device = next(model.parameters()).device
+        hits = torch.zeros(2, len(images), device=device)
+        flipped = replace(images, images=images.images.flip(-1))
+        both = zip(_outputs(model, images, amp, 500), _outputs(model, flipped, amp, 500))
+        for (index, logits), (_, mirrored) in both:
+            labels = images.labels[index].to(device)  # (B,)
+            p = logits.float().softmax(1)  # (B, classes)
+            averaged = p + mirrored.float().softmax(1)  # (B, classes)
+            hits[0, index.to(device)] = (p.argmax(1) == labels).float()
+            hits[1, index.to(device)] = (averaged.argmax(1) == labels).float()
+        plain, flip = total(hits).cpu()
+        bits = np.packbits(plain.bool().numpy())
+        return {"top1_flip": flip.mean().item(), "hits": base64.b64encode(bits).decode()}
 
     @staticmethod
     @torch.no_grad()
@@ -97,12 +128,15 @@ class Segmentation:
 
     def __init__(self, config, train_set):
         self.config = config
-        self.augment = AugmentDense(config.augment, train_set.images.shape[-2:])
+        height, width = image_size(config, train_set)
+        self.size = width if width == height else (height, width)
+        self.augment = AugmentDense(config.augment, (height, width))
 
     @staticmethod
     def check(config):
         """Raises ValueError if a package is missing."""
         require("segmentation", "safetensors", "tqdm", "torchmetrics")
+        check_optimizer(config.optimizer)
 
     @staticmethod
     def load(config, split, limit):
@@ -183,12 +217,15 @@ class Detection:
 
     def __init__(self, config, train_set):
         self.config = config
-        self.augment = AugmentDense(config.augment, train_set.images.shape[-2:])
+        height, width = image_size(config, train_set)
+        self.size = width if width == height else (height, width)
+        self.augment = AugmentDense(config.augment, (height, width))
 
     @staticmethod
     def check(config):
         """Raises ValueError if a package is missing."""
         require("detection", "safetensors", "tqdm", "torchmetrics", "pycocotools")
+        check_optimizer(config.optimizer)
 
     @staticmethod
     def load(config, split, limit):

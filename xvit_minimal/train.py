@@ -61,6 +61,7 @@ def train(config):
             lines = [f"going on after step {state['step']}, from {path}"]
         compiled = device.type == "cuda" if chosen.compile is None else chosen.compile
         chosen = replace(chosen, device=device.type, compile=compiled)
+        lines = notes(sets) + lines
         if rank() == 0:
             print(*lines, sep="\n", end="\n" if lines else "", flush=True)
         check_parts(chosen, sets)
@@ -199,8 +200,14 @@ def about(wanted, config, sets, device):
             "name": config.data,
             "copy": "; ".join(f"{name}: {images.copy}" for name, images in sets.items()),
             "splits": {name: len(images) for name, images in sets.items()},
+            "notes": notes(sets),
         },
     }
+
+
+def notes(sets):
+    """What was passed over, left out or never seen while the sets were read, a line each."""
+    return [f"{name}: {line}" for name, images in sets.items() for line in images.notes]
 
 
 def main():
@@ -271,6 +278,10 @@ def _start(config):
 
 
 def _amp(device):
+    """Whether a device multiplies bfloat16 faster than float32."""
+    if device.type == "cpu":  # not every torch tells of every processor
+        asked = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+        return any(getattr(torch.cpu, name, bool)() for name in asked)
     return device.type == "cuda" and torch.cuda.is_bf16_supported()
 
 

@@ -14,11 +14,15 @@ import argparse
 import sys
 import time
 
-import timm
 import torch
 from bench import DTYPES, begin, compiled, in_turn, peak_bytes, save, spread
 
 from xvit_minimal import xvit_small
+
+try:
+    import timm
+except ModuleNotFoundError:
+    sys.exit("error: the bench needs XCiT and DeiT from timm, which is missing: pip install timm")
 
 PEER = "deit_small_patch16_224"  # to whose images a second the others' are compared
 MODELS = {

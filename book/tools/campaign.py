@@ -14,17 +14,19 @@ import argparse
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from sync import ROOT
 
 from xvit_minimal import record
-from xvit_minimal.recipe import command, recipe
+from xvit_minimal.command_line import command
+from xvit_minimal.recipe import recipe
 
 sys.path.insert(0, str(ROOT / "book"))
 from experiments import EXPERIMENTS  # noqa: E402
@@ -77,13 +79,11 @@ def differs(found, config):
     """In what a record is not that of a Config run with the code of today, or None if it fits."""
     if (code := found.get("code", 1)) != record.CODE:
         return f"version {code} of the training code made it, {record.CODE} is today's"
-    for name, value in vars(config).items():
-        if (
-            name not in ("out", "device")
-            and value is not None
-            and found["config"].get(name) != value
-        ):
-            return f"{name} is {found['config'].get(name)!r} there and {value!r} in its declaration"
+    for option in fields(config):  # one that is newer than the record had its default there
+        name, value = option.name, getattr(config, option.name)
+        there = found["config"].get(name, option.default)
+        if name not in ("out", "device") and value is not None and there != value:
+            return f"{name} is {there!r} there and {value!r} in its declaration"
     return None
 
 
@@ -119,7 +119,7 @@ def start(job, device, threads):
     tree = begun.parents[len(Path(job.name).parts)] if begun else worktree()
     folder = tree / f"runs/{job.name}"
     folder.mkdir(parents=True, exist_ok=True)
-    words = command(job.config).split(" ", 1)[1]  # after "python"
+    words = shlex.split(command(job.config))[1:]  # without "python"
     environment = {
         **os.environ,
         "XVIT_DATA": os.environ.get("XVIT_DATA", str(ROOT / "data")),
@@ -129,7 +129,7 @@ def start(job, device, threads):
     }
     with open(folder / "log.txt", "ab") as log:
         process = subprocess.Popen(
-            ["nice", "-n", "19", sys.executable, *words.split(), "--device", device],
+            ["nice", "-n", "19", sys.executable, *words, "--device", device],
             cwd=tree,
             env=environment,
             stdin=subprocess.DEVNULL,
