@@ -429,7 +429,7 @@ def test_provenance_says_what_ran_where():
     assert found["hardware"]["gpu"] is None and found["hardware"]["cpu"]
 
 
-# ---------------------------------------------------------------------------------- the command line
+# -------------------------------------------------------------------------------- the command line
 
 
 def start(*words, cwd, **environment):
