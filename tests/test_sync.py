@@ -46,12 +46,14 @@ ARROWS = {  # which of its own files a file of the package may import
     "optimization": "",
     "packages": "",
     "record": "",
-    "recipe": "augment baselines model",
+    "recipe": "augment baselines data model optimization",
     "command_line": "recipe",
-    "tasks": "augment data dense dense_data distributed images matching model packages recipe",
+    "tasks": "augment data dense dense_data distributed images matching model optimization "
+    "packages recipe",
+    "resume": "distributed recipe record",
     "weights": "dense images model packages recipe tasks",
-    "run": "distributed memory recipe record tasks weights",
-    "train": "command_line dense distributed model optimization recipe record run tasks weights",
+    "run": "distributed memory optimization record resume tasks weights",
+    "train": "command_line distributed recipe record resume run tasks weights",
 }
 ARROWS = {file: set(others.split()) for file, others in ARROWS.items()}
 # what a file that people copy out may need
