@@ -70,9 +70,9 @@ def half_done(folder, monkeypatch, **changes):
 
 
 def timeless(folder):
-    """A run's record without what the clock and the machine's memory say."""
+    """A run's record without what the clock, the memory and the checkout say."""
     found = json.loads((folder / "record.json").read_text())
-    for key in ("started", "wall_seconds", "peak_memory_bytes", "command"):
+    for key in ("started", "wall_seconds", "peak_memory_bytes", "command", "commit"):
         del found[key]
     del found["config"]["out"], found["config"]["micro_batch"]
     for row in found["epochs"]:
