@@ -25,6 +25,7 @@ from xvit_minimal.recipe import (
     is_dense,
     recipe,
     settle,
+    stored_side,
     tokens,
 )
 
@@ -222,8 +223,8 @@ def test_the_rate_rises_in_a_line_and_falls_in_a_cosine():
 @pytest.mark.parametrize(
     "changes, message",
     [
-        (dict(mix=0.5), "got mix=0.5, .* expected 0 for all three"),
-        (dict(class_depth=1), "class_depth=1 .*leave them"),
+        (dict(mix=0.5), "got mix=0.5, .* expected 0 for all four"),
+        (dict(class_depth=1), "class_depth=1, .*leave them"),
         (dict(label_smoothing=0.1), "smoothing=0.1, .* one label an image"),
         (dict(augment="corp"), "nearest is 'crop'"),
         (dict(augment="shift"), "got augment 'shift', expected one of none, flip, crop"),
@@ -328,7 +329,7 @@ def a_set(n, height, width):
 
 
 @pytest.mark.parametrize(
-    "n, size, task, expected",  # stem_stride, batch_size, lr, ema after 100 epochs
+    "n, size, task, expected",  # stem_stride, batch_size, AdamW's lr, ema after 100 epochs
     [
         (45_000, (32, 32), "classification", (2, 512, 1e-3, 1 - 20 / 8800)),
         (10_000, (32, 32), "classification", (2, 256, 1e-3, 1 - 20 / 4000)),
@@ -343,7 +344,8 @@ def a_set(n, height, width):
     ],
 )
 def test_numbers_follow_the_training_set(n, size, task, expected):
-    config, lines = settle(recipe("some/folder", task), a_set(n, *size))
+    side = {} if is_dense(task) else {"size": size[0]}
+    config, lines = settle(recipe("some/folder", task, optimizer="adamw", **side), a_set(n, *size))
     found = (config.stem_stride, config.batch_size, config.lr, config.ema)
     assert found == pytest.approx(expected, rel=1e-3) and config.warmup == 10
     assert config.batch_size * 20 <= n or config.batch_size == 4
@@ -351,7 +353,40 @@ def test_numbers_follow_the_training_set(n, size, task, expected):
     assert tokens(*size, config.stem_stride) <= most or config.stem_stride == 16
     chosen = [re.match(r"chosen: --([a-z-]+) (\S+), because .", line).groups() for line in lines]
     for name, value in chosen:
-        assert float(value) == pytest.approx(getattr(config, name.replace("-", "_")), rel=1e-4)
+        given = getattr(config, name.replace("-", "_"))
+        assert value == given or float(value) == pytest.approx(given, rel=1e-4)
+
+
+@pytest.mark.parametrize("epochs", [49, 50])
+@pytest.mark.parametrize("size", [32, 64])
+def test_a_long_run_bears_more_augmentation(epochs, size):
+    config, _ = settle(recipe("some/folder", epochs=epochs, size=size), a_set(5_000, size, size))
+    long = epochs == 50
+    move = "shift" if size == 32 else "crop"
+    assert config.augment == (f"{move}+randaugment" if long else move)
+    assert (config.mix, config.drop_path) == ((0.6, 0.1) if long else (0.0, 0.0))
+
+
+def test_muon_is_taken_where_torch_has_it_and_has_a_rate_of_its_own(monkeypatch):
+    rates = {}
+    for there in (True, False):
+        monkeypatch.setattr("xvit_minimal.recipe.has_muon", lambda there=there: there)
+        for epochs in (10, 100):
+            config, _ = settle(recipe("some/folder", epochs=epochs, size=32), a_set(9_000, 32, 32))
+            rates[config.optimizer, epochs] = config.lr
+    muon, adamw = {10: 4e-3, 100: 2e-3}, {10: 4e-3, 100: 1e-3}
+    expected = {("muon", n): rate for n, rate in muon.items()}
+    assert rates == expected | {("adamw", n): rate for n, rate in adamw.items()}
+    dense, _ = settle(recipe("some/folder", "segmentation"), a_set(9_000, 32, 32))
+    assert dense.optimizer == "adamw"
+
+
+def test_crops_are_cut_from_pictures_half_as_large_again(monkeypatch):
+    assert stored_side(recipe("imagenette", size=64)) == 96
+    assert stored_side(recipe("imagenette", size=128)) == 160  # it has no larger ones
+    assert stored_side(recipe("imagenette")) == stored_side(recipe("imagenette", size=160)) == 160
+    assert stored_side(recipe("imagenette", size=64, augment="flip")) == 64
+    assert stored_side(recipe("cifar10")) == 32  # these are shifted
 
 
 def test_a_run_on_pictures_of_224_pixels_is_no_longer_one_of_12544_tokens():
@@ -362,7 +397,8 @@ def test_a_run_on_pictures_of_224_pixels_is_no_longer_one_of_12544_tokens():
 
 
 def test_what_is_given_stays_and_is_not_spoken_of():
-    given = dict(stem_stride=2, batch_size=64, lr=0.5, warmup=0.0, ema=0.0)
+    given = dict(stem_stride=2, batch_size=64, lr=0.5, warmup=0.0, ema=0.0, optimizer="adamw")
+    given |= dict(augment="flip", mix=0.0, drop_path=0.0)
     config, lines = settle(recipe("some/folder", **given), a_set(400, 224, 224))
     assert {name: getattr(config, name) for name in given} == given and lines == []
 
@@ -370,14 +406,15 @@ def test_what_is_given_stays_and_is_not_spoken_of():
 def test_a_given_batch_size_is_what_the_rest_follows():
     config, _ = settle(recipe("some/folder", batch_size=100, epochs=10), a_set(1_000, 32, 32))
     assert config.ema == pytest.approx(1 - 20 / 100)
-    assert config.lr == pytest.approx(1e-3 * (100 / 128) ** 0.5, rel=1e-3)
+    assert config.lr == pytest.approx(4e-3 * (100 / 128) ** 0.5, rel=1e-3)
 
 
 @pytest.mark.parametrize("task", ["classification", "segmentation", "detection"])
 @pytest.mark.parametrize("n", [1, 7, 20_000])
 def test_nothing_is_left_open_after_settling(task, n):
     config, _ = settle(recipe("some/folder", task), a_set(n, 40, 64))
-    for name in ("stem_stride", "batch_size", "lr", "warmup", "ema"):
+    chosen = ("optimizer", "lr", "warmup", "ema", "augment", "mix", "drop_path")
+    for name in ("stem_stride", "batch_size", *chosen):
         assert getattr(config, name) is not None
     assert settle(config, a_set(n, 40, 64)) == (config, [])
 

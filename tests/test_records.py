@@ -70,7 +70,8 @@ TRAINING = {
         ("parameters", "multiply_adds", "peak_memory_bytes"), EVERY_RUN["wall_seconds"]
     ),
 }
-OPTIONAL = {"slopes", "segments"}  # fitted to the rows of a bench; of a run that was lengthened
+# of the training code; fitted to the rows of a bench; of a run that was lengthened
+OPTIONAL = {"code", "slopes", "segments"}
 
 
 def problems_in_scores(record):

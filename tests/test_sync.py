@@ -46,12 +46,14 @@ ARROWS = {  # which of its own files a file of the package may import
     "optimization": "",
     "packages": "",
     "record": "",
-    "recipe": "augment baselines model",
+    "recipe": "augment baselines data model optimization",
     "command_line": "recipe",
-    "tasks": "augment data dense dense_data distributed images matching model packages recipe",
+    "tasks": "augment data dense dense_data distributed images matching model optimization "
+    "packages recipe",
+    "resume": "distributed recipe record",
     "weights": "dense images model packages recipe tasks",
-    "run": "distributed memory recipe record tasks weights",
-    "train": "command_line dense distributed model optimization recipe record run tasks weights",
+    "run": "distributed memory optimization record resume tasks weights",
+    "train": "command_line distributed recipe record resume run tasks weights",
 }
 ARROWS = {file: set(others.split()) for file, others in ARROWS.items()}
 # what a file that people copy out may need
@@ -445,9 +447,9 @@ def problems_in_repository(root):
         if p.suffix == ".py" and {p.stem, p.parent.name} & {"utils", "common", "misc"}
     ]
     for module in modules(root):
-        if (lines := len(module.read_text(encoding="utf-8").splitlines())) > 350:
+        if (lines := len(module.read_text(encoding="utf-8").splitlines())) > 400:
             problems.append(
-                f"xvit_minimal/{module.name}: {lines} lines, more than 350: split or shorten it"
+                f"xvit_minimal/{module.name}: {lines} lines, more than 400: split or shorten it"
             )
         for top, own in imports(module):
             if own is not None and own not in ARROWS.get(module.stem, set()):
@@ -471,7 +473,7 @@ def problems_in_repository(root):
         ("big.bin", "0" * 1_000_001, "more than 1,000,000"),
         ("big.safetensors", "0" * 5_000_001, "more than 5,000,000"),
         ("xvit_minimal/utils.py", "", "say in the name"),
-        ("xvit_minimal/model.py", "\n" * 351, "more than 350"),
+        ("xvit_minimal/model.py", "\n" * 401, "more than 400"),
         ("xvit_minimal/attention.py", "def f():\n    from .model import XViT", "imports model"),
         ("xvit_minimal/attention.py", "import data", "imports data"),
         ("xvit_minimal/attention.py", "from xvit_minimal import xnorm", "imports xnorm"),

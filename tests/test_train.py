@@ -1,11 +1,14 @@
 """The training loop (run.py, train.py, memory.py): what it computes, and what a run leaves."""
 
+import base64
 import json
 import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,7 +17,7 @@ from test_records import problems_in_records
 from xvit_minimal import data, memory, record, train
 from xvit_minimal.dense import VOID
 from xvit_minimal.model import XViT
-from xvit_minimal.optimization import learning_rate, parameter_groups
+from xvit_minimal.optimization import has_muon, learning_rate, parameter_groups
 from xvit_minimal.recipe import build, recipe
 from xvit_minimal.run import cut
 from xvit_minimal.tasks import TASKS, Classification
@@ -99,6 +102,65 @@ def test_a_step_is_adamw_on_the_smoothed_loss_and_moves_the_average(tmp_path):
         if b is not None:
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
     assert run.step == 2
+
+
+@pytest.mark.skipif(not has_muon(), reason="this torch has no Muon")
+def test_muon_turns_a_block_s_matrices_and_adamw_changes_everything_else(tmp_path):
+    run = run_of(tmp_path, optimizer="muon", weight_decay=0.0, lr=0.01, final_lr=0.01, warmup=0.0)
+    before = {name: p.detach().clone() for name, p in run.model.named_parameters()}
+    run.train_step(run.batches()[0])
+    for name, parameter in run.model.named_parameters():
+        change = parameter.detach() - before[name]
+        if "blocks." in name and parameter.ndim == 2:
+            scale = 0.2 * 0.01 * max(change.shape) ** 0.5  # so that an entry is 0.2 lr on average
+            lengths = torch.linalg.svdvals(change) / scale
+            # five steps of Newton-Schulz leave only the smallest singular values behind
+            assert lengths.median() > 0.5 and lengths.max() < 1.5, name
+        elif change.any():
+            assert change.abs().max() == pytest.approx(0.01, rel=0.01), name  # AdamW's first step
+
+
+def test_muon_where_torch_has_none_is_refused_before_anything_is_loaded(tmp_path, monkeypatch):
+    monkeypatch.delattr(torch.optim, "Muon", raising=False)
+    with pytest.raises(ValueError, match="has no Muon.*--optimizer adamw"):
+        train.train(tiny(tmp_path / "run", optimizer="muon"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_small_images_come_first(tmp_path):
+    run = run_of(tmp_path, small=0.5, epochs=4)
+    sides = [
+        run.task.batch(run.train_set, torch.arange(4), epoch, run.device)[0].shape[-1]
+        for epoch in range(4)
+    ]
+    assert sides == [24, 24, 32, 32]
+
+
+def test_hits_and_mirror_images_are_those_of_the_pictures_one_by_one():
+    torch.manual_seed(0)
+    model, images = XViT(32, 4, dim=8, depth=1, num_heads=2, stem_stride=4), data.shapes(21)
+    found = Classification.details(model, images)
+    hits, flips = [], []
+    with torch.no_grad():
+        for image, label in zip(images.images, images.labels):
+            x = data.normalize(image[None])
+            p, mirrored = model.eval()(x).softmax(1), model(x.flip(-1)).softmax(1)
+            hits.append(bool(p.argmax() == label))
+            flips.append(bool((p + mirrored).argmax() == label))
+    bits = np.unpackbits(np.frombuffer(base64.b64decode(found["hits"]), np.uint8))[: len(images)]
+    assert bits.tolist() == hits and 0 < sum(hits) < 21
+    assert found["top1_flip"] == pytest.approx(sum(flips) / 21)
+
+
+def test_what_was_noted_while_data_were_read_is_printed_and_recorded(tmp_path, capsys, monkeypatch):
+    def load(config, split, limit):
+        return replace(few(config, split, limit), notes=(f"one of {split} is odd",))
+
+    monkeypatch.setattr(Classification, "load", staticmethod(load))
+    found = train.train(tiny(tmp_path, epochs=1))
+    notes = ["train: one of train is odd", "val: one of val is odd", "test: one of test is odd"]
+    assert found["data"]["notes"] == notes
+    assert capsys.readouterr().out.splitlines()[:3] == notes
 
 
 def test_mixing_ends_with_its_share_of_the_epochs(tmp_path):
@@ -325,7 +387,8 @@ def test_epochs_are_scored_on_validation_and_the_test_set_is_looked_at_once(tmp_
         {"val_top1"},
         {"val_top1"},
     ]
-    assert set(found["results"][0]) == {"epoch", "test_top1", "test_loss"}
+    scores = {"epoch", "test_top1", "test_loss", "test_top1_flip", "test_hits"}
+    assert set(found["results"][0]) == scores
     assert set(found["data"]["splits"]) == {"train", "val", "test"}
     train.train(tiny(tmp_path, eval_epochs=2))
     assert len(seen) == 3  # a run that has ended looks at nothing again
@@ -342,6 +405,7 @@ def test_without_a_holdout_all_is_trained_on_and_only_the_end_is_scored(tmp_path
 def test_a_score_that_is_no_number_is_null_and_does_not_end_the_run(tmp_path, monkeypatch, capsys):
     nothing = {"top1": math.nan, "other": math.inf, "good": 0.5}
     monkeypatch.setattr(Classification, "evaluate", staticmethod(lambda *_: nothing))
+    monkeypatch.delattr(Classification, "details")
     found = train.train(tiny(tmp_path, epochs=1))
     wanted = {"epoch": 1, "test_top1": None, "test_other": None, "test_good": 0.5}
     assert found["results"] == [wanted] and "val top1 not a number" in capsys.readouterr().out
@@ -471,7 +535,7 @@ def test_a_device_that_is_not_here_ends_before_anything_is_loaded(tmp_path, monk
 
 TINY_WORDS = (
     "--limit 64 --batch-size 16 --epochs 2 --dim 8 --depth 1 --num-heads 2 --augment none "
-    "--device cpu"
+    "--optimizer adamw --no-amp --device cpu"
 ).split()
 
 
