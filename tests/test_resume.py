@@ -70,9 +70,9 @@ def half_done(folder, monkeypatch, **changes):
 
 
 def timeless(folder):
-    """A run's record without what the clock and the machine's memory say."""
+    """A run's record without what the clock, the memory and the checkout say."""
     found = json.loads((folder / "record.json").read_text())
-    for key in ("started", "wall_seconds", "peak_memory_bytes", "command"):
+    for key in ("started", "wall_seconds", "peak_memory_bytes", "command", "commit"):
         del found[key]
     del found["config"]["out"], found["config"]["micro_batch"]
     for row in found["epochs"]:
@@ -85,17 +85,18 @@ def same_checkpoints(one, other):
     one, other = (
         torch.load(folder / "checkpoint.pt", weights_only=True) for folder in (one, other)
     )
-    for name in ("model", "ema"):
-        if not all(torch.equal(t, other[name][key]) for key, t in one[name].items()):
-            return False
-    moments = [
-        [t for slot in state["optimizer"]["state"].values() for t in slot.values()]
-        for state in (one, other)
-    ]
     same = ("data", "results", "step", "loss")
-    return all(torch.equal(a, b) for a, b in zip(*moments)) and all(
-        one[key] == other[key] for key in same
-    )
+    pairs = zip(tensors_in(one), tensors_in(other), strict=True)
+    return all(torch.equal(a, b) for a, b in pairs) and all(one[key] == other[key] for key in same)
+
+
+def tensors_in(value):
+    """All tensors of a checkpoint's state: of the model, its average and the optimizer."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if isinstance(value, dict):
+        return [t for part in value.values() for t in tensors_in(part)]
+    return []
 
 
 # ------------------------------------------------------------------------------------------ killed
