@@ -293,14 +293,20 @@ def test_a_step_that_is_cut_short_changes_nothing(tmp_path):
     assert all(torch.equal(t, before[name]) for name, t in run.model.state_dict().items())
 
 
-def test_a_step_takes_as_many_pictures_as_half_of_the_free_memory_holds():
-    assert memory.micro_batch(512, 37e6, 100e9) == 512
-    assert memory.micro_batch(512, 37e6, 8e9) == int(4e9 / 1.5 / 37e6) == 72
+def test_a_step_takes_as_many_pictures_as_its_room_holds():
+    assert memory.micro_batch(512, 37e6, 50e9) == 512
+    assert memory.micro_batch(512, 37e6, 4e9) == int(4e9 / 1.5 / 37e6) == 72
     assert memory.micro_batch(512, 37e6, 1e6) == 2 and memory.micro_batch(512, 37e6, None) == 512
 
 
+def test_a_step_takes_half_of_the_free_memory_and_on_a_cpu_2_gb(monkeypatch):
+    for free, cpu, gpu in ((3e9, 1.5e9, 1.5e9), (50e9, 2e9, 25e9), (None, None, None)):
+        monkeypatch.setattr(memory, "free_memory", lambda device, free=free: free)
+        assert memory.room_for_a_step("cpu") == cpu and memory.room_for_a_step("cuda") == gpu
+
+
 def test_a_machine_with_little_memory_computes_a_step_in_parts(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("xvit_minimal.run.free_memory", lambda device: 1_200_000)
+    monkeypatch.setattr(memory, "free_memory", lambda device: 1_200_000)
     run = run_of(tmp_path, model="xvit_pico")
     kept = memory.memory_per_picture(
         run.task, run.model, run.task.batch(run.train_set, torch.arange(2), 0, run.device)

@@ -46,15 +46,23 @@ def memory_per_picture(task, model, batch):
     return total / len(batch[0])
 
 
-def micro_batch(pictures, per_picture, free):
-    """How many of a step's pictures a process takes at once: as many as fit into half of the free
-    memory, and 2 at least. A picture's part of the peak is taken for 1.5 times what it keeps: it
-    was 1.3 to 1.45 times in all three tasks, with softmax, X-ViT and XCA. Without a figure for the
-    free memory, all."""
+def room_for_a_step(device):
+    """Bytes that the pictures computed at once may take: half of the free memory, and on a CPU at
+    most 2 GB, where more is no faster, and Ctrl-C waits until they are done. None where nothing
+    tells."""
+    free = free_memory(device)
     if free is None:
+        return None
+    return min(free / 2, 2e9) if torch.device(device).type == "cpu" else free / 2
+
+
+def micro_batch(pictures, per_picture, room):
+    """How many of a step's pictures a process takes at once: as many as fit into `room` bytes, and
+    2 at least. A picture's part of the peak is taken for 1.5 times what it keeps: it was 1.3 to
+    1.45 times in all three tasks, with softmax, X-ViT and XCA. Without a room, all."""
+    if room is None:
         return pictures
-    room = int(free / 2 / (1.5 * max(per_picture, 1)))
-    return min(pictures, max(2, room))
+    return min(pictures, max(2, int(room / (1.5 * max(per_picture, 1)))))
 
 
 def _machine_room():

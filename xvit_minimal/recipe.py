@@ -132,7 +132,7 @@ class Config:
     micro_batch: int | None = _option(
         None,
         "images of a step that a process computes at once, by default as many as half of the free "
-        "memory holds; BatchNorm's statistics are theirs",
+        "memory holds, on a CPU 2 GB; BatchNorm's statistics are theirs",
     )
     optimizer: str | None = _option(
         None, f"one of {', '.join(OPTIMIZERS)}; by default muon, where torch has it"

@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
 from .distributed import rank, synchronize_batch_norms, total, world
-from .memory import free_memory, memory_per_picture, micro_batch
+from .memory import memory_per_picture, micro_batch, room_for_a_step
 from .optimization import Optimizer, averaging, learning_rate
 from .record import checkpoint_bytes, peak_memory, write
 from .resume import fingerprints
@@ -159,15 +159,15 @@ class Run:
         few = self.task.batch(self.train_set, steps[0][:2], 0, self.device)
         kept = memory_per_picture(self.task, self.model, few)
         most = math.ceil(max(len(step) for step in steps) / world())
-        found = micro_batch(most, kept, free_memory(self.device))
+        found = micro_batch(most, kept, room_for_a_step(self.device))
         found = torch.tensor(found, device=self.device)
         if dist.is_initialized():
             dist.all_reduce(found, dist.ReduceOp.MIN)
         self.micro_batch = found.item()
         if self.micro_batch < most and rank() == 0:
             print(
-                f"a step keeps about {most * kept / 1e9:,.1f} GB for its backward pass, too much "
-                f"here: its {most} pictures are computed {self.micro_batch} at a time"
+                f"a step keeps about {most * kept / 1e9:,.1f} GB for its backward pass: its "
+                f"{most} pictures are computed {self.micro_batch} at a time"
             )
 
     def _look_at_memory(self):
