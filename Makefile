@@ -35,7 +35,7 @@ bench: $(INSTALLED)  ## time the attention against PyTorch's, whole models and d
 
 notebooks: $(INSTALLED)  ## bring the chapters in line with the package and the records, and run them
 	$(BIN)/python book/tools/results.py
-	$(BIN)/python book/tools/sync.py
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python book/tools/sync.py
 
 $(INSTALLED): requirements.txt constraints.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 from torch.utils.flop_counter import FlopCounterMode
 
 from xvit_minimal import SoftmaxAttention, XNormAttention, softmax_attention, xnorm, xnorm_attention
@@ -331,6 +332,53 @@ def test_the_first_tokens_alone_may_ask(module, bias):
     for M in (0, 10):
         with pytest.raises(ValueError, match=rf"got num_queries={M} for 9 tokens, expected 1 to 9"):
             layer(x, num_queries=M)
+
+
+class LowRankAdapter(nn.Module):
+    """What LoRA puts in a linear map's place; its weight and bias are those of the map inside."""
+
+    def __init__(self, inside):
+        super().__init__()
+        self.inside, self.in_features = inside, inside.in_features
+        self.down = nn.Linear(inside.in_features, 2, bias=False)
+        self.up = nn.Linear(2, inside.out_features, bias=False)
+
+    weight = property(lambda self: self.inside.weight)
+    bias = property(lambda self: self.inside.bias)
+
+    def forward(self, x):
+        return self.inside(x) + self.up(self.down(x))
+
+
+def adapted(layer):
+    layer.qkv = LowRankAdapter(layer.qkv)
+
+
+def hooked(layer):
+    layer.qkv.register_forward_hook(lambda module, inputs, output: 2 * output + 1)
+
+
+def pruned(layer):
+    prune.l1_unstructured(layer.qkv, "weight", 0.5)  # a hook makes the weight at every call
+    with torch.no_grad():
+        layer.qkv.weight_orig.mul_(-3).add_(1)
+
+
+def quantized(layer):
+    layer.qkv = torch.ao.quantization.quantize_dynamic(nn.Sequential(layer.qkv), {nn.Linear})[0]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
+@pytest.mark.parametrize("changed", [adapted, hooked, pruned, quantized])
+@pytest.mark.parametrize("module", MODULES)
+def test_what_stands_in_place_of_a_linear_map_is_called_for_few_queries_too(module, changed):
+    layer, x = module(12, num_heads=3), torch.randn(2, 9, 12)
+    plain = layer(x)
+    changed(layer)
+    few = layer(x, num_queries=2)
+    torch.testing.assert_close(few, layer(x)[:, :2], rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(few, plain[:, :2], rtol=1e-5, atol=1e-6)
 
 
 def flops(layer, x, **options):

@@ -19,6 +19,7 @@ from xvit_minimal.baselines import (
     UnnormalizedAttention,
     _XNormVariant,
 )
+from xvit_minimal.model import ClassAttentionBlock
 
 ALL = ATTENTIONS | VARIANTS
 BASELINES = [XCA, LinearAttention, EfficientAttention, SimA, UnnormalizedAttention, NoMixing]
@@ -376,18 +377,12 @@ def test_every_token_sees_every_other_except_without_mixing(cls):
     )
 
 
-def test_no_mixing_leaves_a_class_token_blind():
-    model = XViT(
-        img_size=16,
-        num_classes=3,
-        dim=16,
-        depth=1,
-        num_heads=2,
-        stem_stride=4,
-        attention=NoMixing,
-        class_depth=1,
-    ).eval()
-    assert torch.equal(model(torch.randn(1, 3, 16, 16)), model(torch.randn(1, 3, 16, 16)))
+def test_no_mixing_leaves_a_class_token_blind_and_is_refused():
+    block = ClassAttentionBlock(16, 2, NoMixing).eval()
+    token = torch.randn(1, 1, 16)
+    assert torch.equal(block(token, torch.randn(1, 9, 16)), block(token, torch.randn(1, 9, 16)))
+    with pytest.raises(ValueError, match="gives every image the same answer"):
+        XViT(attention=NoMixing, class_depth=1)
 
 
 @pytest.mark.parametrize("cls", BASELINES)

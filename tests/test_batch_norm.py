@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from xvit_minimal.distributed import SyncBatchNorm2d, synchronize_batch_norms
@@ -98,3 +99,29 @@ def test_parameters_and_buffers_stay_and_their_names_too():
     assert not norm.training
     found = dict([*model.named_parameters(), *model.named_buffers()])
     assert list(found) == list(tensors) and all(found[name] is tensors[name] for name in tensors)
+
+
+@pytest.fixture
+def alone(tmp_path):
+    """This process as the only one of its group."""
+    dist.init_process_group("gloo", f"file://{tmp_path}/meet", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_one_value_is_refused_before_it_makes_the_variance_nan(alone):
+    norm = SyncBatchNorm2d(3)
+    with pytest.raises(ValueError, match="got one value per channel in training, expected two"):
+        norm(torch.ones(1, 3, 1, 1))
+    assert norm.running_var.equal(torch.ones(3)) and norm(torch.randn(2, 3, 1, 1)).isfinite().all()
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16, torch.float64])
+def test_statistics_in_another_precision(alone, kind):
+    norm, x = SyncBatchNorm2d(3).to(kind), (3 + torch.randn(4, 3, 5, 5)).to(kind)
+    plain = nn.BatchNorm2d(3)
+    torch.testing.assert_close(norm(x), plain(x.float()).to(kind), rtol=1e-2, atol=2e-2)
+    for name in ("running_mean", "running_var"):
+        found, expected = getattr(norm, name), getattr(plain, name)
+        assert found.dtype == kind
+        torch.testing.assert_close(found, expected.to(kind), rtol=1e-2, atol=1e-2)

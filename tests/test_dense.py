@@ -362,6 +362,8 @@ def test_half_precision_logits_are_reduced_in_float32(kind):
         (torch.full((1, 4, 4), -1), "got a class -1 in a mask"),
         (torch.full((1, 4, 4), 3), "got a class 3 in a mask, expected 0 to 2, or 255 for void"),
         (torch.full((1, 4, 4), 254, dtype=torch.uint8), "got a class 254"),
+        (torch.full((1, 4, 4), 1.0), "got masks of torch.float32, expected integers"),
+        (torch.full((1, 4, 4), 1 / 255, dtype=torch.float64), "read them without scaling to 0..1"),
     ],
 )
 def test_masks_that_do_not_fit_are_refused(masks, message):
@@ -455,6 +457,7 @@ def test_a_detector_finds_the_box_it_was_shown(label):
 @pytest.mark.parametrize("name", ["bccd", "camvid"])
 def test_shipped_models_in_another_precision(name, kind):
     model, _ = train.load_model(ROOT / f"book/weights/{name}.safetensors")
+    model.score_thresh = 0.0  # in noise no box reaches the one in the file
     x = torch.randn(2, 3, 97, 64)
     with torch.no_grad():
         expected, found = model(x), copy.deepcopy(model).to(kind)(x.to(kind))
@@ -501,12 +504,43 @@ def test_the_score_from_which_on_a_box_counts_can_be_set():
         ),
         ([a_target((2, 9, 5, 5))], "expected x0 < x1 and y0 < y1"),
         ([a_target((2, 2, 5, math.nan))], "got the box"),
+        ([a_target((2, 2, 5, math.inf))], r"got the box \[2.0, 2.0, 5.0, inf\] for image 0"),
+        ({"boxes": torch.zeros(1, 4)}, "got 'boxes' as the target of image 0"),
+        ([{"boxes": torch.zeros(1, 4)}], "expected a dictionary with boxes and labels"),
+        ([a_target((2, 2, 5, 5), labels=[-1])], r"got labels \[-1\] .* of image 0"),
+        ([a_target((2, 2, 5, 5), labels=[99])], "classes count from 0, and none stands for"),
+        (
+            [{**a_target((2, 2, 5, 5)), "labels": torch.ones(1)}],
+            r"got labels \[1.0\] \(torch.float32\) of image 0, expected int64",
+        ),
+        (
+            [{**a_target((2, 2, 5, 5)), "labels": torch.ones(1, dtype=torch.uint8)}],
+            r"got labels \[1\] \(torch.uint8\)",
+        ),
         ([a_target((2, 2, 5, 5), labels=[0, 1])], r"got boxes \(1, 4\) for 2 labels of image 0"),
     ],
 )
 def test_targets_that_do_not_fit_are_refused(targets, message):
     with pytest.raises(ValueError, match=message):
         tiny_detector()(torch.randn(1, 3, 40, 33), targets)
+
+
+@pytest.mark.parametrize(
+    "pictures, message",
+    [
+        ([], "got no images, expected one at least"),
+        (torch.zeros(0, 3, 8, 8), "got no images"),
+        (torch.zeros(3, 8, 8), r"got torch.float32 of shape \(8, 8\) for image 0"),
+        ([torch.zeros(3, 8, 8), torch.zeros(1, 8, 8)], r"of shape \(1, 8, 8\) for image 1"),
+        ([torch.zeros(3, 0, 8)], r"of shape \(3, 0, 8\) for image 0"),
+        ([torch.zeros(3, 8, 8, dtype=torch.uint8)], "got torch.uint8 .* data.normalize"),
+        ([np.zeros((3, 8, 8), np.float32)], r"got ndarray for image 0"),
+        (["cat.jpg"], "got str for image 0"),
+    ],
+)
+def test_a_detector_refuses_what_is_no_picture(pictures, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_detector().eval()(pictures)
 
 
 class Network(nn.Module):

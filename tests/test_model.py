@@ -132,6 +132,10 @@ def test_cost_leaves_the_model_as_it_was():
     assert all(torch.equal(value, before[name]) for name, value in built.state_dict().items())
 
 
+def test_cost_counts_a_model_of_any_precision():
+    assert cost(tiny().half(), 20) == cost(tiny().double(), 20) == cost(tiny(), 20)
+
+
 # ----------------------------------------------------------------------------------- any input size
 
 
@@ -289,6 +293,8 @@ def test_batch_norm_counts_the_tokens_of_the_pictures_alone():
         torch.tensor([[16, 16], [16, -1]]),
         torch.tensor([[16.0, 16.0], [16.0, 16.0]]),
         torch.tensor([[True, True], [True, True]]),
+        [[16, 16], [16, 16]],
+        np.array([[16, 16], [16, 16]]),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(sizes):
@@ -613,6 +619,22 @@ def test_a_whole_model_in_another_precision(kind, class_depth):
     found = copy.deepcopy(built).to(kind)(x.to(kind))
     assert found.dtype == kind
     torch.testing.assert_close(found.float(), built(x), rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("class_depth", [0, 1])
+def test_vmap_gives_the_gradient_of_each_picture(class_depth):
+    built, x, y = tiny(class_depth=class_depth).eval(), images(3, 3, 16, 20), torch.arange(3)
+    parameters = dict(built.named_parameters())
+
+    def loss(parameters, image, label):
+        logits = torch.func.functional_call(built, parameters, (image[None],))
+        return F.cross_entropy(logits, label[None])
+
+    each = torch.func.vmap(torch.func.grad(loss), (None, 0, 0))(parameters, x, y)
+    for n in range(3):
+        alone = torch.autograd.grad(loss(parameters, x[n], y[n]), parameters.values())
+        for name, gradient in zip(parameters, alone):
+            torch.testing.assert_close(each[name][n], gradient, rtol=1e-4, atol=1e-5)
 
 
 def test_weights_survive_a_file(tmp_path):

@@ -21,7 +21,8 @@ CLASSES = ("cell", "plate", "ghost")
 
 
 def a_model(task, size=(24, 32), **changes):
-    config = recipe("some/folder", task, dim=8, depth=1, num_heads=2, stem_stride=8, **changes)
+    small = dict(dim=8, depth=1, num_heads=2, stem_stride=8, drop_path=0.0)
+    config = recipe("some/folder", task, **{**small, **changes})
     torch.manual_seed(0)
     return config, TASKS[task].model(config, len(CLASSES), size).eval()
 
@@ -123,6 +124,45 @@ def test_a_classifier_gives_probabilities(tmp_path, picture):
     p = predict(model, picture)
     expected = model(data.normalize(data.read_image(picture, 32)[None])).softmax(1)[0]
     assert torch.allclose(p, expected) and p.sum().item() == pytest.approx(1)
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("task", TASKS)
+def test_a_model_predicts_in_any_precision(tmp_path, picture, task, kind):
+    model, _ = load_model(a_file(tmp_path, task)[0])
+    expected = predict(model, picture)
+    found = predict(model.to(kind), picture)
+    if task == "classification":
+        torch.testing.assert_close(found, expected, rtol=0, atol=0.01)
+    elif task == "segmentation":
+        assert (found == expected).float().mean() > 0.95
+    else:
+        assert found["boxes"].shape[1:] == (4,) and found["boxes"].isfinite().all()
+
+
+def test_weights_are_read_in_float32_whatever_the_default_is(tmp_path, picture):
+    path, written = a_file(tmp_path, "classification", 32)
+    expected = predict(load_model(path)[0], picture)
+    for default in (torch.float64, torch.bfloat16):
+        torch.set_default_dtype(default)
+        try:
+            model, _ = load_model(path)
+            assert torch.equal(predict(model, picture), expected)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        assert torch.equal(model.head.weight, written.head.weight)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_model_in_training_mode_or_from_elsewhere_is_refused(tmp_path, picture, task):
+    model = load_model(a_file(tmp_path, task)[0])[0].train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"got a model in training mode.*call model.eval\(\)"):
+        predict(model, picture)
+    # a forward pass in training mode would have changed BatchNorm's statistics
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    with pytest.raises(ValueError, match="got Linear, expected a model from load_model"):
+        predict(torch.nn.Linear(1, 1).eval(), picture)
 
 
 def test_a_mask_has_the_picture_s_own_size(tmp_path, picture):

@@ -135,16 +135,18 @@ def _split_heads(qkv, num_heads, x, key_padding_mask, num_queries):
             )
         # whatever stands in the padding would reach the gradient of the weights
         x, key_padding_mask = _drop(x, mask), mask.unsqueeze(1)
-    if num_queries is None:
-        all_three = qkv(x).unflatten(-1, (3, num_heads, -1))  # (B, N, 3, h, d)
-        # one copy here: otherwise every product below would make a strided view contiguous
-        q, k, v = all_three.permute(2, 0, 3, 1, 4).contiguous().unbind(0)
-        return q, k, v, key_padding_mask
-    if not 1 <= num_queries <= x.shape[1]:
+    if num_queries is not None and not 1 <= num_queries <= x.shape[1]:
         raise ValueError(
             f"got num_queries={num_queries} for {x.shape[1]} tokens, expected 1 to {x.shape[1]}: "
             "the first so many tokens ask"
         )
+    # an adapter (LoRA), quantization, pruning and hooks do more than multiply by the weight
+    hooks = qkv._forward_hooks or qkv._forward_pre_hooks or qkv._backward_hooks
+    if num_queries is None or hooks or type(qkv) is not nn.Linear:
+        all_three = qkv(x).unflatten(-1, (3, num_heads, -1))  # (B, N, 3, h, d)
+        # one copy here: otherwise every product below would make a strided view contiguous
+        q, k, v = all_three.permute(2, 0, 3, 1, 4).contiguous().unbind(0)
+        return q[:, :, :num_queries], k, v, key_padding_mask
     C = qkv.in_features
     b_q, b_kv = (None, None) if qkv.bias is None else (qkv.bias[:C], qkv.bias[C:])
     q = F.linear(x[:, :num_queries], qkv.weight[:C], b_q)  # (B, M, C)

@@ -146,6 +146,11 @@ def segmentation_loss(logits, masks):
             f"got masks {tuple(masks.shape)} for logits {tuple(logits.shape)}, expected "
             f"{(B, H, W)}: resize masks with their images, by the nearest pixel"
         )
+    if masks.is_floating_point():
+        raise ValueError(
+            f"got masks of {masks.dtype}, expected integers, each pixel's class: read them without "
+            "scaling to 0..1"
+        )
     masks = masks.long()
     valid = masks != VOID  # (B, H, W)
     if (wrong := masks[valid & ((masks < 0) | (masks >= J))]).numel():
@@ -161,8 +166,9 @@ class _Detector(RetinaNet):
     """RetinaNet in which each picture of a batch is seen as if it were alone."""
 
     def forward(self, images, targets=None):
+        _check_pictures(images)
         if self.training:
-            _check_targets(targets, len(images))
+            _check_targets(targets, len(images), self.head.classification_head.num_classes)
         batch, _ = self.transform(images)
         groups = _by_size(batch.image_sizes)
         x, sizes = batch.tensors, None
@@ -330,21 +336,47 @@ def _by_size(sizes):
     return list(groups.items())
 
 
-def _check_targets(targets, images):
+def _check_pictures(images):
+    if not len(images):
+        raise ValueError("got no images, expected one at least")
+    for n, image in enumerate(images):
+        tensor = isinstance(image, torch.Tensor)
+        right = tensor and image.is_floating_point() and image.numel()
+        if not right or image.ndim != 3 or image.shape[0] != 3:
+            got = f"{image.dtype} of shape {tuple(image.shape)}" if tensor else type(image).__name__
+            raise ValueError(
+                f"got {got} for image {n}, expected a tensor of floats (3, height, width): scale "
+                "bytes to floats with data.normalize, repeat grey three times"
+            )
+
+
+def _check_targets(targets, images, classes):
     if targets is None or len(targets) != images:
         raise ValueError(
             f"got {'no' if targets is None else len(targets)} targets for {images} images, "
             "expected one for each in training: call model.eval() to detect"
         )
     for n, target in enumerate(targets):
+        if not isinstance(target, dict) or not {"boxes", "labels"} <= target.keys():
+            raise ValueError(
+                f"got {target!r} as the target of image {n}, expected a dictionary with boxes and "
+                "labels: one for each image"
+            )
         boxes, labels = target["boxes"], target["labels"]
         if boxes.shape != (len(labels), 4):
             raise ValueError(
                 f"got boxes {tuple(boxes.shape)} for {len(labels)} labels of image {n}, expected "
                 f"{(len(labels), 4)}"
             )
-        if not (boxes[:, 2:] > boxes[:, :2]).all():
-            wrong = boxes[~(boxes[:, 2:] > boxes[:, :2]).all(1)][0].tolist()
+        whole = labels.dtype in (torch.int64, torch.int32)  # uint8 would select, as a mask does
+        if len(labels) and not (whole and labels.min() >= 0 and labels.max() < classes):
             raise ValueError(
-                f"got the box {wrong} for image {n}, expected x0 < x1 and y0 < y1: drop empty ones"
+                f"got labels {labels.tolist()} ({labels.dtype}) of image {n}, expected int64 from "
+                f"0 to {classes - 1}: classes count from 0, and none stands for the background"
+            )
+        right = (boxes[:, 2:] > boxes[:, :2]).all(1) & boxes.isfinite().all(1)  # (n,)
+        if not right.all():
+            raise ValueError(
+                f"got the box {boxes[~right][0].tolist()} for image {n}, expected x0 < x1 and "
+                "y0 < y1, all of them finite: drop empty ones"
             )

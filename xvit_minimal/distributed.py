@@ -34,12 +34,15 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
             return super().forward(x)
         y = x.to(torch.promote_types(x.dtype, torch.float32))  # (B, C, h, w)
         count = total(y.new_tensor(y.numel() / y.shape[1], dtype=torch.float64)).item()
+        if count < 2:
+            raise ValueError("got one value per channel in training, expected two at least")
         mean = _AllReduce.apply(y.sum((0, 2, 3), dtype=torch.float64)) / count  # (C)
         y = y - mean.to(y.dtype)[:, None, None]  # (B, C, h, w)
         var = _AllReduce.apply(y.square().sum((0, 2, 3))) / count  # (C)
         with torch.no_grad():
-            self.running_mean.lerp_(mean.to(y.dtype), self.momentum)
-            self.running_var.lerp_(var * count / (count - 1), self.momentum)
+            kept = self.running_mean.dtype
+            self.running_mean.lerp_(mean.to(kept), self.momentum)
+            self.running_var.lerp_((var * count / (count - 1)).to(kept), self.momentum)
             self.num_batches_tracked += 1
         scale = self.weight * torch.rsqrt(var + self.eps)  # (C)
         return (y * scale[:, None, None] + self.bias[:, None, None]).to(x.dtype)

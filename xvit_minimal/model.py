@@ -206,8 +206,8 @@ class XViT(nn.Module):
             images = images.masked_fill(_padding(sizes, 1, (H, W)), 0)
         x = F.pad(images, (0, grid[1] * s - W, 0, grid[0] * s - H))
         # tokens (B, N, C) lie in memory as a channels-last image does: from here on the changes
-        # between tokens and grids move no number
-        x = x.contiguous(memory_format=torch.channels_last)
+        # between tokens and grids move no number. (torch.vmap knows no `memory_format`.)
+        x = x.movedim(1, -1).contiguous().movedim(-1, 1)
         x = _beside_padding(self.stem, x, padding)  # (B, C, h, w)
         x = x + (self._positions(grid) if sizes is None else self._own_positions(grid, sizes))
         x = x.flatten(2).mT  # (B, N, C)
@@ -275,7 +275,9 @@ def cost(model, img_size):
     Multiply-adds are those of its matrix products and convolutions, as PyTorch's FlopCounterMode
     counts them, halved. Raises ValueError for an img_size that is neither.
     """
-    shadow = copy.deepcopy(model).to("meta").eval().requires_grad_(False)  # shapes without numbers
+    shadow = (
+        copy.deepcopy(model).to("meta", torch.float32).eval().requires_grad_(False)
+    )  # shapes without numbers
     image = torch.empty(1, 3, *_height_and_width(img_size), device="meta")
     with FlopCounterMode(display=False) as counter:
         shadow(image)
@@ -363,10 +365,15 @@ def _check_images(images, sizes):
     if sizes is None:
         return
     B, _, H, W = images.shape
-    whole = sizes.shape == (B, 2) and sizes.dtype in (torch.int64, torch.int32)
+    whole = (
+        isinstance(sizes, torch.Tensor)
+        and sizes.shape == (B, 2)
+        and sizes.dtype in (torch.int64, torch.int32)
+    )
     if not whole or (sizes < 1).any() or (sizes > sizes.new_tensor([H, W])).any():
         raise ValueError(
-            f"got sizes {sizes.tolist()} ({sizes.dtype}), expected whole numbers {(B, 2)}: each "
+            f"got sizes {' '.join(str(sizes).split())}, expected a tensor {(B, 2)} of whole "
+            "numbers (int64): each "
             f"picture's own height and width in pixels, from (1, 1) to {(H, W)}"
         )
 

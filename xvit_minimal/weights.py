@@ -70,7 +70,7 @@ def load_model(path):
     tensors, about = unpack(path)
     try:
         config, classes, size = Config(**about["config"]), about["classes"], about["size"]
-        model = TASKS[config.task].model(config, len(classes), size)
+        model = TASKS[config.task].model(config, len(classes), size).float()
         model.load_state_dict(tensors)
         if "threshold" in about:
             model.score_thresh = float(about["threshold"])
@@ -98,23 +98,27 @@ def predict(model, path):
     Segmentation: the class of each pixel, int64 (H, W), of the picture's own size. Detection:
     {"boxes" (n, 4), "scores" (n,), "labels" (n,)}, x0 y0 x1 y1 in the picture's own pixels.
     The model sees the picture at the size of its training images. Raises ValueError if the file is
-    not there, or not a picture.
+    not there, or not a picture, or if the model is in training mode or not from `load_model`.
     """
+    if model.training or not hasattr(model, "task"):
+        raise ValueError(
+            f"got {'a model in training mode' if model.training else type(model).__name__}, "
+            "expected a model from load_model in evaluation mode: call model.eval()"
+        )
     side = model.size if isinstance(model.size, int) else max(model.size)
     picture = read_image(path)  # (3, H, W)
     image = fit(picture, side, square=model.task == "classification")  # (3, h, w)
-    device = next(model.parameters()).device
-    (output,) = model(normalize(image[None].to(device)))
+    weight = next(model.parameters())
+    (output,) = model(normalize(image[None].to(weight.device)).to(weight.dtype))
     if model.task == "classification":
         return output.float().softmax(0)
     height, width = picture.shape[1:]
     if model.task == "segmentation":
         classes = output.argmax(0)[None, None].float()  # (1, 1, h, w)
         return F.interpolate(classes, (height, width), mode="nearest-exact")[0, 0].long()
-    scale = torch.tensor(
-        [width / image.shape[2], height / image.shape[1]] * 2, device=device
-    )  # (4,)
-    return {**output, "boxes": output["boxes"] * scale}
+    boxes = output["boxes"]
+    scale = boxes.new_tensor([width / image.shape[2], height / image.shape[1]] * 2)  # (4,)
+    return {**output, "boxes": boxes * scale}
 
 
 def _body(model):
