@@ -79,14 +79,14 @@ _EPILOG = """examples: what they took on one thread of a CPU (book/runs/train/):
   python -m xvit_minimal.train
       1 minute, 1.3 GB
   python -m xvit_minimal.train --data cifar10 --dim 96 --depth 4 --num-heads 4 --stem-stride 4
-      --epochs 13 --batch-size 128 --lr 0.002 --warmup 2.6 --ema 0.995 --augment shift --mix 0
-      --drop-path 0 --no-holdout
+      --epochs 13 --batch-size 128 --lr 0.002 --warmup 2.6 --ema 0.995 --optimizer adamw --no-amp
+      --no-holdout
       43 minutes, 1.6 GB
   python -m xvit_minimal.train --task segmentation --data camvid --dim 96 --depth 4 --num-heads 4
-      --stem-stride 8 --epochs 40 --lr 0.002 --warmup 2
+      --stem-stride 8 --epochs 40 --lr 0.002 --warmup 2 --no-amp
       25 minutes, 1.8 GB
   python -m xvit_minimal.train --task detection --data bccd --dim 96 --depth 4 --num-heads 4
-      --lr 0.002 --warmup 4
+      --lr 0.002 --warmup 4 --no-amp
       35 minutes, 1.6 GB
 for a GPU; on one thread of a CPU xvit_nano takes 44 seconds a step of 512 pictures,
 110 hours for 100 epochs of CIFAR-10, and 50 MB a picture that is computed at once (--micro-batch):
