@@ -733,7 +733,8 @@ def test_a_run_leaves_a_record_and_weights_that_give_its_scores(
     model, classes = train.load_model(tmp_path / "run/weights.safetensors")
     test = TASKS[task].load(config, "test", None)
     assert tuple(classes) == test.classes and not model.training
-    again = {f"test_{key}": value for key, value in TASKS[task].evaluate(model, test).items()}
+    scores = TASKS[task].evaluate(model, test, found["config"]["amp"])
+    again = {f"test_{key}": value for key, value in scores.items()}
     assert again == {key: value for key, value in found["results"][0].items() if key != "epoch"}
     assert found["parameters"] == sum(p.numel() for p in model.parameters())
     with torch.no_grad():

@@ -5,6 +5,7 @@ import struct
 import zlib
 
 import numpy as np
+import PIL
 import pytest
 import torch
 from PIL import Image
@@ -97,6 +98,8 @@ def test_what_has_no_known_range_or_colours_is_refused(tmp_path, mode, value):
     ],
 )
 def test_modes_with_exact_values(tmp_path, mode, suffix, value, expected):
+    if (mode, suffix) == ("YCbCr", "tif") and int(PIL.__version__.split(".")[0]) < 13:
+        pytest.skip("this Pillow cannot read the YCbCr TIFF that it writes")
     options = {"lossless": True, "exact": True} if suffix == "webp" else {}
     pixels = read(tmp_path, Image.new(mode, (2, 3), value), suffix, **options)
     assert np.abs(np.array(pixels) - expected).max() <= (suffix == "jpg")
