@@ -880,3 +880,19 @@ def test_a_gpu_makes_the_same_draws(how):
     assert (
         there.is_cuda and ((there.cpu() - here).abs() > 0.05).double().mean() < 0.02
     )  # rounding may tip a grey level
+
+
+@pytest.mark.parametrize("limit", [float("inf"), float("nan"), 2.5, "3", True, 0])
+def test_a_limit_that_is_no_number_of_pictures_is_refused(limit):
+    with pytest.raises(ValueError, match="expected a number of pictures"):
+        data.load("shapes", limit=limit)
+
+
+@pytest.mark.parametrize("how", ["shift", "crop", "shift+randaugment", "crop+randaugment"])
+@pytest.mark.parametrize("shape", [(8, 12), (12, 8)])
+def test_pictures_that_are_not_square_are_not_shifted_or_cropped(how, shape):
+    # a shift kept 8 x 8 pixels of 8 x 12, and a crop made 12 x 12 of them
+    x = torch.zeros(2, 3, *shape, dtype=torch.uint8)
+    with pytest.raises(ValueError, match="expected squares"):
+        Augment(how)(x)
+    assert Augment("flip")(x).shape == x.shape

@@ -1146,3 +1146,11 @@ def test_a_fingerprint_follows_names_classes_sizes_and_content(tmp_path):
     scene(folder, "c")
     seen.add(told(split="train+val"))
     assert len(seen) == 6
+
+
+def test_two_pictures_with_one_label_image_are_refused(tmp_path):
+    root = painted(tmp_path)
+    first = next((root / "train").iterdir())
+    Image.open(first).convert("RGB").save(first.with_suffix(".jpg"))
+    with pytest.raises(ValueError, match="has one label image with"):
+        load(str(root), "segmentation", size=8)

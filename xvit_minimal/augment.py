@@ -18,7 +18,8 @@ class Augment(nn.Module):
     then moves it by up to an eighth of its side, "crop" enlarges a part of it to `size` (by default
     the images' own), each by a draw of its own. "+randaugment" adds RandAugment (two operations,
     magnitude 9) with one draw for every `group` images. All draws come from torch's global CPU
-    generator. Raises ValueError for another `how`, or a batch that is not uint8.
+    generator. Raises ValueError for another `how`, a batch that is not uint8, or one of pictures
+    that are not square to shift or crop.
     Source: Cubuk et al., arXiv:1909.13719.
     """
 
@@ -38,6 +39,11 @@ class Augment(nn.Module):
                 "load returns them: leave the images as bytes"
             )
         move, _, more = self.how.partition("+")
+        if move in ("shift", "crop") and x.shape[2] != x.shape[3]:
+            raise ValueError(
+                f"got a batch of {x.shape[2]} x {x.shape[3]} pixels, expected squares for "
+                f"{move!r}: cut them with fit, or take 'flip'"
+            )
         if move != "none":
             x = flip(x)
         if move in ("shift", "crop"):

@@ -124,7 +124,15 @@ def _in_folders(folder, split):
                     f"{file}: a sub-folder or a format that is not read, expected files such as "
                     f"*.png in {part}/: move or convert what it holds, or take it away"
                 )
-        pairs += [(file, annotations / f"{file.stem}.png") for file in files if is_picture(file)]
+        pictures = [file for file in files if is_picture(file)]
+        seen = {}
+        for file in pictures:
+            if (other := seen.setdefault(file.stem, file)) is not file:
+                raise ValueError(
+                    f"{file}: has one label image with {other.name}, expected one for each "
+                    "picture: rename one, or take it away"
+                )
+        pairs += [(file, annotations / f"{file.stem}.png") for file in pictures]
     if cut:
         pairs = [pairs[n] for n in choose(split, [0] * len(pairs))]
     return pairs

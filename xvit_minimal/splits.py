@@ -13,7 +13,8 @@ def check_request(split, size, limit):
         raise ValueError(f"got split={split!r}, expected one of {', '.join(SPLITS)}: choose one")
     if size is not None:
         check_size(size)
-    if limit is not None and (isinstance(limit, bool) or limit != int(limit) or limit < 1):
+    whole = isinstance(limit, (int, np.integer)) and not isinstance(limit, bool)
+    if limit is not None and (not whole or limit < 1):
         raise ValueError(f"got limit={limit!r}, expected a number of pictures: give 1 or more")
 
 
