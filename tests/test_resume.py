@@ -319,6 +319,21 @@ def test_a_folder_has_one_user_at_a_time_and_no_lock_is_left(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@needs_posix
+def test_a_file_or_a_link_to_nowhere_is_no_folder_for_a_run(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for name in ("file", "link"):
+        with pytest.raises(ValueError, match=f"{name} is no folder.*choose another --out"):
+            with record.lock(tmp_path / name):
+                pass
+    assert (tmp_path / "file").read_text() == "mine"
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "linked").symlink_to(tmp_path / "folder")
+    with record.lock(tmp_path / "linked"):
+        assert (tmp_path / "folder/run.lock").exists()
+
+
 def test_a_lock_file_that_a_killed_run_left_keeps_nobody_out(finished):
     (finished / "run.lock").touch()
     train.train(tiny(finished))

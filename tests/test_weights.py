@@ -154,6 +154,19 @@ def test_weights_are_read_in_float32_whatever_the_default_is(tmp_path, picture):
 
 
 @pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused(tmp_path, task, value):
+    config, model = a_model(task)
+    name, parameter = next(iter(model.named_parameters()))
+    with torch.no_grad():
+        parameter.view(-1)[-1] = value
+    path = tmp_path / "weights.safetensors"
+    path.write_bytes(weights_file(model, vars(config), CLASSES, (24, 32)))
+    with pytest.raises(ValueError, match=f"weights.safetensors: {re.escape(name)} is not finite"):
+        load_model(path)
+
+
+@pytest.mark.parametrize("task", TASKS)
 def test_a_model_in_training_mode_or_from_elsewhere_is_refused(tmp_path, picture, task):
     model = load_model(a_file(tmp_path, task)[0])[0].train()
     before = {name: value.clone() for name, value in model.state_dict().items()}

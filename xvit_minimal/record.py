@@ -76,10 +76,12 @@ def lock(folder):
     """Makes a folder, and keeps every other process that asks for its lock out until the end.
 
     The system gives the lock back when the process ends, however it does; so none is ever stale.
-    Raises ValueError if another process has it, OSError if the folder cannot be written. (Windows
-    has no such locks: start a command only once there.)
+    Raises ValueError if another process has it, or a file has its name; OSError if the folder
+    cannot be written. (Windows has no such locks: start a command only once there.)
     """
     path = Path(folder) / "run.lock"
+    if os.path.lexists(folder) and not os.path.isdir(folder):  # a link that leads nowhere as well
+        raise ValueError(f"{folder} is no folder, expected one for the run: choose another --out")
     path.parent.mkdir(parents=True, exist_ok=True)
     if sys.platform == "win32":
         yield

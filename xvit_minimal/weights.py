@@ -64,8 +64,8 @@ def load_model(path):
     `model.task` and `model.size` say what it was trained for, and on images of which size, a side
     or (height, width). A detector keeps the boxes above the threshold in the file;
     `model.score_thresh` changes it.
-    Raises FileNotFoundError if there is no file, ValueError if it is damaged, or not one that a run
-    of this package wrote.
+    Raises FileNotFoundError if there is no file, ValueError if it is damaged, not one that a run of
+    this package wrote, or holds numbers that are not finite.
     """
     tensors, about = unpack(path)
     try:
@@ -76,6 +76,12 @@ def load_model(path):
             model.score_thresh = float(about["threshold"])
     except Exception as error:
         raise _foreign(path, error) from error
+    for name, tensor in model.state_dict().items():
+        if not tensor.isfinite().all():
+            raise ValueError(
+                f"{path}: {name} is not finite, so every answer would be made up: give the weights "
+                "of a run that did not diverge"
+            )
     model.task, model.size = config.task, size
     return model.eval(), classes
 
