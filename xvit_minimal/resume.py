@@ -68,7 +68,7 @@ def agreed(state, wanted, data):
     changed = []
     for key, value in given.items():
         if key not in ("out", *MACHINE, "epochs") and then[key] != value:
-            changed.append(f"--{key} is {then[key]!r} there and {value!r} here")
+            changed.append(f"--{key.replace('_', '-')} is {then[key]!r} there and {value!r} here")
     free = {key: given[key] for key in ("out", *MACHINE)}
     epochs = state["options"]["epochs"]
     if wanted.epochs is not None:
