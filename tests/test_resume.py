@@ -195,7 +195,7 @@ def test_a_signal_ends_after_the_step_and_the_same_command_goes_on(
     assert signal.getsignal(number) == handler
     assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == step
     with pytest.raises(
-        ValueError, match="save_steps is 100 there and 1 here.*choose another --out"
+        ValueError, match="save-steps is 100 there and 1 here.*choose another --out"
     ):
         train.train(tiny(tmp_path))
     train.train(tiny(tmp_path, save_steps=100))
