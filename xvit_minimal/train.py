@@ -12,6 +12,7 @@ A run leaves in its folder:
 """
 
 import contextlib
+import io
 import os
 import signal
 import sys
@@ -213,6 +214,8 @@ def notes(sets):
 def main():
     """The command line: python -m xvit_minimal.train --help."""
     config = None
+    if isinstance(sys.stdout, io.TextIOWrapper):  # letters that a terminal has no code for
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         config = parse()
         record = train(config)
