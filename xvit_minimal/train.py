@@ -91,7 +91,7 @@ def train_epoch(run, watch):
     """The steps that are left in an epoch, with checkpoints on the way."""
     from tqdm import tqdm  # asked for in the task's check
 
-    quiet = True if rank() else None  # None: where no terminal shows it
+    quiet = True if rank() or sys.stderr is None else None  # None: where no terminal shows it
     steps = tqdm(run.batches(), f"epoch {run.epoch + 1}", leave=False, disable=quiet)
     run.net.train()
     asked = []
