@@ -150,6 +150,25 @@ def test_the_list_says_what_is_left(place, declare):
     assert "big" in campaign.table("cuda")
 
 
+def test_a_worktree_whose_making_was_cut_short_is_made_again(place, declare):
+    tree = campaign.worktree()
+    shutil.rmtree(tree / "xvit_minimal")
+    declare(FIRST)
+    assert "missing" in campaign.table("cpu")
+    assert campaign.worktree() == tree and (tree / "xvit_minimal/record.py").exists()
+
+
+def test_what_cannot_be_recorded_is_not_begun(place, declare, capsys):
+    declare(FIRST)
+    shutil.rmtree(place / ".git")
+    with pytest.raises(SystemExit, match="error: .*a record names one: clone the repository"):
+        campaign.main([])
+    for wrong in (["--workers", "0"], ["--minutes", "nan"], ["--minutes", "-1"]):
+        with pytest.raises(SystemExit, match="2"):
+            campaign.main(wrong)
+    assert "got --workers below 1 or --minutes below 0" in capsys.readouterr().err
+
+
 def test_declarations_are_valid_and_cover_every_record():
     names = [experiment.name for experiment in EXPERIMENTS]
     assert len(set(names)) == len(names)

@@ -2,6 +2,7 @@
 
 import hashlib
 import pickle
+import re
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -248,11 +249,22 @@ def test_a_faulty_folder_is_refused(tmp_path, spoil, split, complaint):
 def test_a_path_that_is_no_set(tmp_path):
     with pytest.raises(ValueError, match="train: no such folder"):
         load(str(tmp_path))
-    with pytest.raises(ValueError, match="train: no such folder"):
+    with pytest.raises(ValueError, match="no/such/folder: no such folder, expected that of a set"):
         load("no/such/folder")
     (tmp_path / "bare/train").mkdir(parents=True)
-    with pytest.raises(ValueError, match="train: got 0 class folders, expected some"):
+    with pytest.raises(ValueError, match="train: got 0 class folders, expected two or more"):
         load(str(tmp_path / "bare"))
+    (tmp_path / "bare/train/nested").mkdir()
+    with pytest.raises(ValueError, match="train: got 1 class folders, expected two or more"):
+        load(str(tmp_path / "bare"))
+
+
+def test_a_class_that_two_systems_write_differently(tmp_path):
+    for name in ("train/caf\u00e9", "train/tea", "test/cafe\u0301", "test/tea"):
+        (tmp_path / name).mkdir(parents=True)
+    words = r"'cafe\\u0301', 'caf\\xe9'] (two ways of writing a letter) in only one of train/"
+    with pytest.raises(ValueError, match=re.escape(words.replace("\\\\", "\\"))):
+        load(str(tmp_path))
 
 
 def test_a_known_set_with_the_wrong_number_of_classes(tmp_path):

@@ -462,16 +462,28 @@ def test_a_box_as_large_as_its_picture_survives_scaling(tmp_path, side, size):
 
 
 def test_val_txt_in_place_of_test_txt_and_grey_pictures(tmp_path):
+    box = ("x", 0, 0, 4, 4)
     folder = boxed(
-        tmp_path / "cells", "val", a=("train", (8, 8), [("x", 0, 0, 4, 4)]), b=("val", (8, 8), [])
+        tmp_path / "cells",
+        "val",
+        a=("train", (8, 8), [box]),
+        b=("val", (8, 8), []),
+        c=("val", (8, 8), [box]),
     )
     save(folder / "JPEGImages/b.jpg", np.full((8, 8), 77))
     images = load(str(folder), "detection", "test", size=8)
     assert (
-        images.images.unique().tolist() == [77]
+        images.images[0].unique().tolist() == [77]
         and images.boxes[0].shape == (0, 4)
         and images.classes == ("x",)
     )
+
+
+def test_a_part_without_any_box_is_refused_before_it_is_scored(tmp_path):
+    a = ("train", (8, 8), [("x", 0, 0, 4, 4)])
+    folder = boxed(tmp_path / "cells", "test", a=a, b=("test", (8, 8), []))
+    with pytest.raises(ValueError, match="cells, test: no picture of 1 has a box: draw some"):
+        load(str(folder), "detection", "test", size=8)
 
 
 def xml(text):
@@ -515,6 +527,18 @@ NO_OBJECT = "<annotation></annotation>"
         (
             xml(f"<a>{OBJECT.replace('<name>{}</name>', '').format(1, 2, 3, 4)}</a>"),
             "a.xml: no annotation in VOC's form",
+        ),
+        (
+            xml(f"<a>{OBJECT.format('wbc', 1, 2, 3, 4)}</a>"),
+            "a.xml: no annotation in VOC's form .expected <annotation>",
+        ),
+        (
+            xml(f"<annotation xmlns='x'>{OBJECT.format('wbc', 1, 2, 3, 4)}</annotation>"),
+            "a.xml: no annotation in VOC's form .*without a namespace",
+        ),
+        (
+            xml(f"<annotation><all>{OBJECT.format('wbc', 1, 2, 3, 4)}</all></annotation>"),
+            "a.xml: no annotation in VOC's form .*and in it <object>",
         ),
         (empty_list, "cells: got no picture"),
         (xml(NO_OBJECT), "Annotations: no training picture has an object"),
@@ -613,7 +637,7 @@ def test_shapes_serve_both_tasks():
         ),
         ("voc", "detection", {}, "voc is not on this machine, and its download failed .*VOCdevkit"),
         ("no/such/folder", "segmentation", {}, "no such folder"),
-        ("no/such/folder", "detection", {}, "train.txt: missing"),
+        ("no/such/folder", "detection", {}, "no such folder"),
     ],
 )
 def test_senseless_arguments(name, task, more, complaint):

@@ -471,7 +471,10 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(whole, tmp_path, monkeypatch
         calls.append(0)
         return full_disk() if len(calls) == 6 else fsync(file)
 
-    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(OSError, match="No space.*weights.safetensors"),
+    ):
         patch.setattr(os, "fsync", sixth)
         train.train(tiny(tmp_path))
     assert not list(tmp_path.glob("*.part"))
@@ -516,6 +519,23 @@ def test_another_file_of_init_is_another_run(whole, tmp_path, monkeypatch):
     shutil.copy(tmp_path / "other/weights.safetensors", body)
     with pytest.raises(ValueError, match="other data: init: other content"):
         train.train(tiny(tmp_path / "run", init=str(body)))
+
+
+def test_files_that_were_moved_are_the_same_data(whole, photos, tmp_path, monkeypatch):
+    body = tmp_path / "body.safetensors"
+    shutil.copy(whole / "weights.safetensors", body)
+    config = dataclasses.replace(own(tmp_path / "run", photos), init=str(body))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stop_at(6, patch, signal.SIGINT)
+        train.train(config)
+    moved = {"data": photos.rename(tmp_path / "elsewhere"), "init": body.rename(tmp_path / "b")}
+    found = train.train(dataclasses.replace(config, **moved))
+    assert [row["epoch"] for row in found["epochs"]] == [1, 2, 3] and "elsewhere" in found[
+        "command"
+    ]
+    assert train.train(dataclasses.replace(config, **moved)) == found
+    with pytest.raises(ValueError, match="--init is .*there and None here"):
+        train.train(dataclasses.replace(config, data=moved["data"], init=None))
 
 
 # -------------------------------------------------------------------------------------- other data

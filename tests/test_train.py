@@ -545,6 +545,18 @@ TINY_WORDS = (
 ).split()
 
 
+def test_a_program_without_a_terminal_for_complaints_trains(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", None)  # as under pythonw, or after 2>&-
+    assert len(train.train(tiny(tmp_path, epochs=1))["epochs"]) == 1
+
+
+def test_a_folder_whose_letters_cannot_be_printed(tmp_path):
+    words = ["xvit_minimal.train", *TINY_WORDS, "--size", "16", "--epochs", "1", "--out", "\u8dd1"]
+    for _ in range(2):  # trained, and found finished
+        code, out, err = shell(*words, cwd=tmp_path, PYTHONIOENCODING="ascii")
+        assert code == 0 and "in \\u8dd1/record.json" in out, err
+
+
 @pytest.mark.parametrize("more", [["--limit", "60", "--batch-size", "14"], ["--micro-batch", "4"]])
 def test_two_processes_compute_what_one_does(tmp_path, more):
     """Same batches, gradients averaged, BatchNorm over both: same losses and weights, within

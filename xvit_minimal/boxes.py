@@ -67,6 +67,11 @@ def read_boxes(layout, folder, split, size, limit):
 
     check_memory(8 * len(names) * size**2, f"{len(names):,} pictures of {size} x {size} pixels")
     images, boxes, labels, counts = zip(*in_threads(read, names))
+    if not any(map(len, boxes)):
+        raise ValueError(
+            f"{folder}, {split}: no picture of {len(names)} has a box: draw some, or move pictures "
+            "that have some there"
+        )
     images, sizes = padded(images)
     empty, cut = (sum(count) for count in zip(*counts))
     places = ("JPEGImages/{}.jpg", "Annotations/{}.xml")
@@ -111,6 +116,8 @@ def read_annotation(file):
             )
             for each in root.findall("object")
         ]
+        if root.tag != "annotation" or not objects and root.find(".//{*}bndbox") is not None:
+            raise ValueError("expected <annotation> and in it <object>, without a namespace")
     except (ET.ParseError, LookupError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(
             f"{file}: no annotation in VOC's form ({error}): each <object> needs a <name> and a "

@@ -9,6 +9,7 @@ import difflib
 import hashlib
 import os
 import tempfile
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -103,6 +104,8 @@ def find(name, root="data", known=KNOWN):
     there and the name is not one that is `known`.
     """
     if name not in known and (Path(name).is_dir() or len(Path(name).parts) > 1):
+        if not Path(name).is_dir():
+            raise ValueError(f"{name}: no such folder, expected that of a set: correct the name")
         return Path(name)
     places = [Path(place) for place in (os.environ.get("XVIT_DATA"), root) if place]
     if not places[0].is_dir() and len(places) == 2:
@@ -240,14 +243,16 @@ def _class_names(folder, parts, expected):
     classes = names[parts[0]]
     for part, others in names.items():
         if differ := sorted({*classes} ^ {*others}):
+            alike = len({unicodedata.normalize("NFC", c) for c in differ}) < len(differ)
+            shown = f"{differ!a} (two ways of writing a letter)" if alike else differ
             raise ValueError(
-                f"{folder}: got classes {differ} in only one of {parts[0]}/ and {part}/, expected "
-                "the same in all parts: add or remove their folders"
+                f"{folder}: got classes {shown} in only one of {parts[0]}/ and {part}/, expected "
+                "the same in all parts: add, rename or remove their folders"
             )
-    if not classes or expected and len(classes) != expected:
+    if len(classes) < 2 or expected and len(classes) != expected:
         raise ValueError(
             f"{folder / parts[0]}: got {len(classes)} class folders, expected "
-            f"{expected or 'some'}: complete them"
+            f"{expected or 'two or more'}: complete them"
         )
     return classes
 

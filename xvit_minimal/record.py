@@ -29,9 +29,11 @@ def write(path, content, keep=None):
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-    except BaseException:  # Ctrl-C as well
+    except BaseException as error:  # Ctrl-C as well
         with contextlib.suppress(OSError):
             part.unlink()
+        if isinstance(error, OSError) and error.filename is None:  # a full disk does not say where
+            error.filename = str(path)
         raise
     if keep and path.exists():
         path.replace(keep)

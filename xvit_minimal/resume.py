@@ -12,6 +12,7 @@ from .recipe import Config
 from .record import read_checkpoint
 
 MACHINE = ("device", "compile", "micro_batch")  # options that say how a run computes, and not what
+PLACES = ("out", "data", "init")  # and where files are, which may be moved: their content counts
 
 
 def fingerprints(config, sets):
@@ -56,8 +57,9 @@ def agreed(state, wanted, data):
     """The Config with which the run in a checkpoint's state goes on: what was chosen for it at its
     start stays.
 
-    Raises ValueError for another configuration than the run's (but more epochs, another device and
-    another size of micro-batches are allowed), other data, or another number of processes.
+    Raises ValueError for another configuration than the run's (but more epochs, another device,
+    another size of micro-batches and another place of the same data are allowed), other data, or
+    another number of processes.
     """
     given, then = asdict(wanted), state["wanted"]
     if set(given) != set(then):
@@ -67,7 +69,8 @@ def agreed(state, wanted, data):
         )
     changed = []
     for key, value in given.items():
-        if key not in ("out", *MACHINE, "epochs") and then[key] != value:
+        moved = key in PLACES and None not in (value, then[key])
+        if key not in (*MACHINE, "epochs") and not moved and then[key] != value:
             changed.append(f"--{key.replace('_', '-')} is {then[key]!r} there and {value!r} here")
     free = {key: given[key] for key in ("out", *MACHINE)}
     epochs = state["options"]["epochs"]

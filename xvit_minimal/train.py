@@ -12,6 +12,7 @@ A run leaves in its folder:
 """
 
 import contextlib
+import io
 import os
 import signal
 import sys
@@ -90,7 +91,7 @@ def train_epoch(run, watch):
     """The steps that are left in an epoch, with checkpoints on the way."""
     from tqdm import tqdm  # asked for in the task's check
 
-    quiet = True if rank() else None  # None: where no terminal shows it
+    quiet = True if rank() or sys.stderr is None else None  # None: where no terminal shows it
     steps = tqdm(run.batches(), f"epoch {run.epoch + 1}", leave=False, disable=quiet)
     run.net.train()
     asked = []
@@ -213,6 +214,8 @@ def notes(sets):
 def main():
     """The command line: python -m xvit_minimal.train --help."""
     config = None
+    if isinstance(sys.stdout, io.TextIOWrapper):  # letters that a terminal has no code for
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         config = parse()
         record = train(config)

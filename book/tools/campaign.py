@@ -15,6 +15,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -68,6 +69,8 @@ class Job:
     def folder(self):
         """The folder of a run of this name that has begun, with code of today's version."""
         for tree in sorted(CAMPAIGN.glob("*/"), key=os.path.getmtime, reverse=True):
+            if not (tree / "xvit_minimal/record.py").exists():
+                continue  # its making was cut short
             code = re.search(r"^CODE = (\d+)", (tree / "xvit_minimal/record.py").read_text(), re.M)
             begun = tree / f"runs/{self.name}"
             if code and int(code[1]) == record.CODE and (begun / "checkpoint.pt").exists():
@@ -94,13 +97,17 @@ def jobs(device="cpu"):
 
 
 def worktree():
-    """A clean worktree of the last commit; outside a git checkout, the folder as it is."""
+    """A clean worktree of the last commit. Raises ValueError outside a git checkout."""
     try:
         commit = git("rev-parse", "HEAD")
-    except (OSError, subprocess.CalledProcessError):
-        return ROOT
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise ValueError(
+            f"{ROOT}: git finds no commit here ({getattr(error, 'stderr', error)!r:.150}), and a "
+            "record names one: clone the repository"
+        ) from error
     tree = CAMPAIGN / commit[:12]
-    if not tree.exists():
+    if not (tree / "xvit_minimal/record.py").exists():
+        shutil.rmtree(tree, ignore_errors=True)  # its making was cut short
         git("worktree", "prune")
         git("worktree", "add", "--quiet", "--detach", str(tree), commit)
     return tree
@@ -232,6 +239,8 @@ def main(argv=None):
     options = parser.parse_args(argv)
     if options.list:
         return print(table(options.device))
+    if options.workers < 1 or not options.minutes >= 0:
+        parser.error("got --workers below 1 or --minutes below 0, expected some of each")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that `finally` stops the runs
     alone = options.device != "cpu"
     workers = 1 if alone else options.workers
@@ -239,6 +248,8 @@ def main(argv=None):
         failures = work(options.device, workers, os.cpu_count() if alone else 1, options.minutes)
     except KeyboardInterrupt:
         sys.exit("stopped; make runs goes on")
+    except ValueError as error:
+        sys.exit(f"error: {error}")
     sys.exit(f"{failures} runs failed: their folders hold log.txt" if failures else 0)
 
 

@@ -259,6 +259,7 @@ def evaluate(options, device):
         for name in options.data:
             for size in options.sizes or [side]:
                 images = TASKS[task].load(recipe(name, task, size=size), options.split, None)
+                print(*(f"{images.name}: {note}\n" for note in images.notes), sep="", end="")
                 for path in files:
                     for found in rows(path, task, images, options, device):
                         found["weights"] = (options.ship or path).as_posix()
@@ -274,6 +275,8 @@ def evaluate(options, device):
 
 def main(argv=None):
     options = arguments(argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # letters that a terminal has no code for
+        sys.stdout.reconfigure(errors="backslashreplace")
     started, clock = datetime.now(timezone.utc).isoformat(timespec="seconds"), time.perf_counter()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     words = " ".join(sys.argv[1:] if argv is None else argv)
