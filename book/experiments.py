@@ -12,8 +12,8 @@ from dataclasses import dataclass
 class Experiment:
     """One configuration, run once with each of its seeds.
 
-    `options`: what `recipe` is given, beside the seed. `rate_from`: the names' beginning of the
-    experiments whose best validation score settles the learning rate. `minutes`: of one thread, for
+    `options`: what `recipe` is given, beside the seed. `rate_from`: the best validation score
+    of the experiments named RATE_FROM-RATE settles the learning rate. `minutes`: of one thread, for
     a seed, as measured. `needs`: "any" or "gpu". `priority`: lower ones run first.
     """
 
@@ -32,7 +32,7 @@ class Experiment:
             return self.options
         mean = {}  # validation score by learning rate
         for tuning in EXPERIMENTS:
-            if tuning.name.startswith(f"{self.rate_from}-"):
+            if tuning.name == f"{self.rate_from}-{tuning.options.get('lr', 0):g}":
                 paths = [records / f"{tuning.name}-{seed}.json" for seed in tuning.seeds]
                 if not all(path.exists() for path in paths):
                     return None
@@ -106,7 +106,7 @@ RECIPE = tuple(
     for name, change in CHANGES.items()
 )
 
-# Chapter 13: one body, one recipe, nine attentions. The question: at a given capacity, does X-ViT's
+# Chapter 13: one body, one recipe, one attention after the other. The question: at a given capacity, does X-ViT's
 # attention reach what the others reach? Fixed: all of CIFAR-10 but the 5,000 held out, 64 tokens,
 # X-ViT's full body, 8 epochs, Muon, steps of 64. The learning rate of each attention is the one of
 # the grid that does best on the held-out pictures in a short run (10,000 pictures, 6 epochs, one

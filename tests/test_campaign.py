@@ -113,7 +113,8 @@ def test_the_rate_is_that_of_the_best_tuning_run(place, declare):
         for lr in (1e-3, 4e-3)
     ]
     tuned = Experiment("some/tuned", "?", SMALL, 1, priority=3, seeds=(0,), rate_from="tune/some")
-    declare(tuned, *rates)
+    other = Experiment("tune/some-other-0.001", "?", {**SMALL, "lr": 1e-3}, 1, 1, seeds=(0,))
+    declare(tuned, *rates, other)  # whose runs are missing to the end: they are no rates of it
     assert states()["some/tuned-0"] == "waits for tune/some"
     for experiment, score in zip(rates, (0.75, 0.5)):
         path = place / f"book/runs/train/{experiment.name}-0.json"

@@ -54,7 +54,7 @@ CHOICES = {
         stride=None,
         most_tokens=400,
         most_pictures=512,
-        full_rate=128,
+        full_rate=64,
         rates={"muon": (4e-3, 2e-3), "adamw": (4e-3, 1e-3)},
     ),
     "segmentation": dict(
@@ -291,7 +291,7 @@ def settle(config, train_set):
     - optimizer: Muon for classification where torch has it, else AdamW;
     - augment, mix, drop_path: a long run, of 50 epochs and more, gets RandAugment, mixup and cutmix
       in 60% of its epochs, and stochastic depth of 0.1; a short one has seen too little for that;
-    - lr: that of CHOICES, for a batch of B < 128 (8 for dense tasks) times sqrt(B / 128), as the
+    - lr: that of CHOICES, for a batch of B < 64 (8 for dense tasks) times sqrt(B / 64), as the
       noise of an adaptive gradient wants (Malladi et al., arXiv:2205.10287);
     - warmup: a tenth of the epochs;
     - ema: 1 - 20 / steps of the run, so that the averaged weights are a twentieth of the run old.
