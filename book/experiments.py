@@ -106,7 +106,7 @@ RECIPE = tuple(
     for name, change in CHANGES.items()
 )
 
-# Chapter 13: one body, one recipe, one attention after the other. The question: at a given capacity, does X-ViT's
+# Chapter 13: one body, one recipe, ten attentions. The question: at a given capacity, does X-ViT's
 # attention reach what the others reach? Fixed: all of CIFAR-10 but the 5,000 held out, 64 tokens,
 # X-ViT's full body, 8 epochs, Muon, steps of 64. The learning rate of each attention is the one of
 # the grid that does best on the held-out pictures in a short run (10,000 pictures, 6 epochs, one
@@ -116,7 +116,18 @@ RECIPE = tuple(
 # mixing is worth.
 MATCHED = {**CIFAR, "optimizer": "muon", "batch_size": 64, "warmup": 1, "amp": True}
 GRID = (2e-3, 4e-3, 8e-3, 16e-3)
-COMPARED = ("xnorm", "softmax", "xca", "linear", "efficient", "sima", "none", "xnorm-mean")
+COMPARED = (
+    "xnorm",
+    "softmax",
+    "xca",
+    "linear",
+    "focused",
+    "mala",
+    "efficient",
+    "sima",
+    "none",
+    "xnorm-mean",
+)
 
 
 def matched(name, row):

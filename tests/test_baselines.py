@@ -13,7 +13,9 @@ from xvit_minimal.baselines import (
     VARIANTS,
     XCA,
     EfficientAttention,
+    FocusedAttention,
     LinearAttention,
+    MagnitudeAwareAttention,
     NoMixing,
     SimA,
     UnnormalizedAttention,
@@ -22,7 +24,16 @@ from xvit_minimal.baselines import (
 from xvit_minimal.model import ClassAttentionBlock
 
 ALL = ATTENTIONS | VARIANTS
-BASELINES = [XCA, LinearAttention, EfficientAttention, SimA, UnnormalizedAttention, NoMixing]
+BASELINES = [
+    XCA,
+    LinearAttention,
+    FocusedAttention,
+    MagnitudeAwareAttention,
+    EfficientAttention,
+    SimA,
+    UnnormalizedAttention,
+    NoMixing,
+]
 
 
 # --- formulas of one head, one query: how much of each
@@ -35,6 +46,30 @@ def linear_weights(q, k, n):
 
     scores = [(phi(q[n]) * phi(k[m])).sum() for m in range(len(k))]
     return [score / sum(scores) for score in scores]
+
+
+def focused_weights(q, k, n):
+    def phi(x):
+        x = [max(y.item(), 0.0) for y in x]
+        length, cubes = sum(y**2 for y in x) ** 0.5, [y**3 for y in x]
+        cubed = sum(y**2 for y in cubes) ** 0.5
+        return [length * y / cubed if cubed else 0.0 for y in cubes]
+
+    scores = [sum(a * b for a, b in zip(phi(q[n]), phi(k[m]))) for m in range(len(k))]
+    total = sum(scores) or float("inf")  # nobody is seen
+    return [score / total for score in scores]
+
+
+def mala_weights(q, k, n):
+    """As the paper writes it, with its scale 1 / (N √d)."""
+    N, d = k.shape
+
+    def phi(x):
+        return torch.stack([y + 1 if y > 0 else y.exp() for y in x])
+
+    scores = [(phi(q[n]) * phi(k[m])).sum() / (N * d**0.5) for m in range(N)]
+    z = sum(scores)
+    return [(1 + 1 / z) * score - z / N for score in scores]
 
 
 def efficient_weights(q, k, n):
@@ -66,6 +101,8 @@ def no_weights(q, k, n):
 
 WEIGHTS = {
     LinearAttention: linear_weights,
+    FocusedAttention: focused_weights,
+    MagnitudeAwareAttention: mala_weights,
     EfficientAttention: efficient_weights,
     SimA: sima_weights,
     UnnormalizedAttention: unnormalized_weights,
@@ -338,9 +375,12 @@ def heads(N=11, d=5):
     return draw(1, 3, N, d), draw(1, 3, N, d), draw(1, 3, N, d)
 
 
-@pytest.mark.parametrize("cls", [LinearAttention, EfficientAttention, NoMixing])
+@pytest.mark.parametrize(
+    "cls",
+    [LinearAttention, FocusedAttention, MagnitudeAwareAttention, EfficientAttention, NoMixing],
+)
 def test_weights_of_the_tokens_sum_to_one(cls):
-    q, k, v = heads()
+    q, k, v = (x.abs() for x in heads())  # so that FocusedAttention sees everybody
     everywhere = v[..., :1, :].expand_as(v)  # all tokens have one and the same value
     assert relative(cls(15, 3).double().mix(q, k, everywhere), everywhere) < 1e-12
 
@@ -354,7 +394,10 @@ def test_weights_of_the_tokens_do_not_sum_to_one(cls):
 
 @pytest.mark.parametrize("cls", BASELINES)
 def test_every_token_sees_every_other_except_without_mixing(cls):
-    q, k, v = (x.requires_grad_() for x in heads())
+    q, k, v = heads()
+    if cls is FocusedAttention:  # sees nobody whose features share no channel with its own
+        q, k = q.abs(), k.abs()
+    q, k, v = (x.requires_grad_() for x in (q, k, v))
     sees = torch.stack(
         [
             torch.stack(
@@ -420,6 +463,21 @@ def test_linear_attention_discards_the_length_of_a_mapped_query():
     q, k, v = (x.abs() for x in heads())  # φ(x) = x + 1
     module = LinearAttention(15, 3)
     assert relative(module.mix(3 * (q + 1) - 1, k, v), module.mix(q, k, v)) < 1e-12
+
+
+def test_a_longer_query_tells_the_values_further_apart_in_mala_alone():
+    q, k, v = (x.abs() for x in heads())  # φ(x) = x + 1
+    for cls, grows in ((MagnitudeAwareAttention, True), (LinearAttention, False)):
+        mix = cls(15, 3).double().mix
+        spread = [(mix(s * (q + 1) - 1, k, v) - v.mean(-2, keepdim=True)).norm() for s in (1, 4)]
+        assert (spread[1] > 1.5 * spread[0]) == grows
+
+
+def test_focused_attention_gives_nothing_to_a_query_that_sees_nobody():
+    q, k, v = -torch.ones(1, 1, 2, 4), torch.randn(1, 1, 2, 4), torch.randn(1, 1, 2, 4)
+    q.requires_grad_()
+    out = FocusedAttention(4, 1).mix(q, k, v)
+    assert out.eq(0).all() and torch.autograd.grad(out.sum(), q)[0].eq(0).all()
 
 
 def test_unnormalized_attention_keeps_every_scale():

@@ -7,9 +7,9 @@ B the batch, h the heads, N the tokens, d the channels of a head. With `num_quer
 The formulas stand as in their sources. Two things are added: padding, which is left out of every
 sum and norm, and range. In float16 `mix` runs in float32, and no norm has a smallest length.
 XCA and X-ViT's variants with both norms hold for inputs from 1e-18 to 1e16, as X-ViT does, and SimA
-where its output, of the order of v / N, is a number. LinearAttention, UnnormalizedAttention,
-XNormKVOnly and XNormQOnly keep the inputs' scale: in float32 the product of q, k, v and N has to
-stay below 3e38.
+where its output, of the order of v / N, is a number. LinearAttention, FocusedAttention,
+MagnitudeAwareAttention, UnnormalizedAttention, XNormKVOnly and XNormQOnly keep the inputs' scale:
+in float32 the product of q, k, v and N has to stay below 3e38.
 """
 
 import torch
@@ -21,6 +21,7 @@ if __package__:
         XNormAttention,
         _computes_in_float16,
         _drop,
+        _length,
         _split_heads,
         _unit_scale,
         xnorm,
@@ -31,6 +32,7 @@ else:  # copied out, and imported as a file by itself
         XNormAttention,
         _computes_in_float16,
         _drop,
+        _length,
         _split_heads,
         _unit_scale,
         xnorm,
@@ -92,15 +94,49 @@ class LinearAttention(_Attention):
     """
 
     def mix(self, q, k, v, mask=None):
-        q, k = self.phi(q), self.phi(k)  # (B, h, N, d): positive
+        q, k = _positive(q), _positive(k)  # (B, h, N, d)
         if mask is not None:
             k = _drop(k, mask)  # φ(0) = 1
-        total = q @ k.sum(-2, keepdim=True).mT  # (B, h, N, 1)
-        return q @ (k.mT @ v) / total.masked_fill(total < 1e-20, float("inf"))  # (B, h, N, d)
+        return _weighted_mean(q, k, v)  # (B, h, N, d)
+
+
+class FocusedAttention(_Attention):
+    """φ(q)(φ(k)ᵀv) / (φ(q) Σφ(k)) with a φ that sharpens: relu(x), cubed, at its old length.
+
+    Tokens whose features share no channel do not see each other; where a query sees none, the
+    output is zero. FLatten adds a depthwise convolution of v, which is left to the body here: LPI
+    has two.
+    Source: FLatten, Han et al., arXiv:2308.00442.
+    """
+
+    def mix(self, q, k, v, mask=None):
+        return _weighted_mean(self.phi(q), self.phi(k), v)  # (B, h, N, d)
 
     def phi(self, x):
-        """elu(x) + 1 without the digits that the 1 would round away: exp(x) or x + 1."""
-        return x.clamp(max=0).exp() + x.clamp(min=0)
+        x = x.clamp(min=0)  # (B, h, N, d)
+        return (_length(x) * xnorm(xnorm(x) ** 3)).to(x.dtype)  # (B, h, N, d)
+
+
+class MagnitudeAwareAttention(_Attention):
+    """v̄ + (1 + 1/z) φ(q) φ(k)ᵀ(v - v̄) / (N√d), with z = φ(q)·φ(k)̄ / √d and φ = elu + 1.
+
+    A bar is a mean over the tokens. The weights sum to one, and a longer φ(q) tells the values
+    further apart. MALA writes (1 + 1/z) φ(q) φ(k)ᵀv / (N√d) - z v̄, which is the same, but
+    subtracts two large numbers. Its rotary positions are left out: the body has its own.
+    Source: MALA, Fan et al., arXiv:2507.00698.
+    """
+
+    def mix(self, q, k, v, mask=None):
+        q, k = _positive(q), _positive(k)  # (B, h, N, d)
+        if mask is not None:
+            k = _drop(k, mask)  # φ(0) = 1
+        N, dtype = _tokens(k, mask), torch.promote_types(v.dtype, torch.float32)
+        centre = v.sum(-2, keepdim=True, dtype=dtype) / N  # (B, h, 1, d)
+        kv = k.mT @ (v - centre).to(v.dtype) / N  # (B, h, d, d)
+        root = q.shape[-1] ** 0.5
+        z = q @ (k.sum(-2, keepdim=True, dtype=dtype) / N).to(k.dtype).mT / root  # (B, h, N, 1)
+        steeper = 1 + 1 / z.masked_fill(z < 1e-20, float("inf"))
+        return (centre + steeper * (q @ kv) / root).to(v.dtype)  # (B, h, N, d)
 
 
 class EfficientAttention(_Attention):
@@ -238,6 +274,17 @@ class XNormCentred(_XNormVariant):
         return super().mix(q - q.mean(-1, keepdim=True), k - k.mean(-1, keepdim=True), v)
 
 
+def _positive(x):
+    """elu(x) + 1 without the digits that the 1 would round away: exp(x) or x + 1."""
+    return x.clamp(max=0).exp() + x.clamp(min=0)
+
+
+def _weighted_mean(q, k, v):
+    """q(kᵀv) / (q Σk), a mean of the values if q and k are positive; 0 if q·Σk is below 1e-20."""
+    total = q @ k.sum(-2, keepdim=True).mT  # (B, h, N, 1)
+    return q @ (k.mT @ v) / total.masked_fill(total < 1e-20, float("inf"))  # (B, h, N, d)
+
+
 def _unit_l1(x, dim):
     """x with L1 norm 1 along dim, or zero where its entries are; the sum is taken in float32."""
     dtype = torch.promote_types(x.dtype, torch.float32)
@@ -255,6 +302,8 @@ ATTENTIONS = {
     "softmax": SoftmaxAttention,
     "xca": XCA,
     "linear": LinearAttention,
+    "focused": FocusedAttention,
+    "mala": MagnitudeAwareAttention,
     "efficient": EfficientAttention,
     "sima": SimA,
     "unnormalized": UnnormalizedAttention,
