@@ -105,7 +105,8 @@ class FocusedAttention(_Attention):
 
     Tokens whose features share no channel do not see each other; where a query sees none, the
     output is zero. FLatten adds a depthwise convolution of v, which is left to the body here: LPI
-    has two.
+    has two. Its public code sharpens before it splits the heads, over the whole width; here each
+    head is sharpened by itself, as the formula stands.
     Source: FLatten, Han et al., arXiv:2308.00442.
     """
 
@@ -122,7 +123,8 @@ class MagnitudeAwareAttention(_Attention):
 
     A bar is a mean over the tokens. The weights sum to one, and a longer φ(q) tells the values
     further apart. MALA writes (1 + 1/z) φ(q) φ(k)ᵀv / (N√d) - z v̄, which is the same, but
-    subtracts two large numbers. Its rotary positions are left out: the body has its own.
+    subtracts two large numbers. What its public code has around the formula is left out: rotary
+    positions and a depthwise convolution of v, for which the body has its own, and a gate.
     Source: MALA, Fan et al., arXiv:2507.00698.
     """
 
