@@ -609,3 +609,39 @@ def test_a_run_says_after_its_first_steps_what_it_will_take(tmp_path, monkeypatc
     assert train.estimate(run, 26.0).endswith("about 2.9 hours and 2.1 GB")
     train.train(tiny(tmp_path / "run"))
     assert capsys.readouterr().out.count("steps that are left take about") == 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="it is Linux's malloc that gives pages back")
+def test_kept_memory_is_not_cleared_again():
+    """Fifty tensors of 40 MB, one after the other: 10,000 pages each unless they stay."""
+    program = (
+        "import resource, sys, torch\n"
+        "from xvit_minimal.memory import keep_freed_memory\n"
+        "if sys.argv[1] == 'keep': keep_freed_memory()\n"
+        "for _ in range(50): torch.zeros(10**7)\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)\n"
+    )
+    faults = {}
+    for how in ("keep", "give back"):
+        done = subprocess.run(
+            [sys.executable, "-c", program, how], capture_output=True, text=True, check=True
+        )
+        faults[how] = int(done.stdout)
+    if faults["give back"] < 10**5:
+        pytest.skip("this malloc keeps memory by itself")
+    assert faults["keep"] < faults["give back"] / 2
+
+
+@pytest.mark.parametrize("float32_seconds, chosen", [(1.5, True), (1.0, False)])
+def test_bfloat16_is_chosen_where_its_products_are_faster(monkeypatch, float32_seconds, chosen):
+    seconds = {torch.bfloat16: 1.0, torch.float32: float32_seconds}
+    monkeypatch.setattr(train, "_product_seconds", seconds.get)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True, raising=False)
+    assert train._amp(torch.device("cpu")) is chosen
+
+
+def test_bfloat16_is_not_timed_where_it_would_be_emulated(monkeypatch):
+    for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda: False, raising=False)
+    monkeypatch.setattr(train, "_product_seconds", lambda dtype: pytest.fail("timed"))
+    assert not train._amp(torch.device("cpu"))

@@ -71,10 +71,12 @@ def xnorm_attention(q, k, v, gamma_q=1.0, gamma_kv=1.0, *, key_padding_mask=None
         q, k, v = xnorm(q), xnorm(k, d**0.5 * N**0.25, dim=(-2, -1)), xnorm(v, N**0.25, dim=-2)
     # kᵀ v transposed, so that its columns lie in memory one after the other
     vk = v.mT @ k  # (..., e, d)
-    vk = vk.div_(_rough_length(vk))  # xnorm's two steps, the first in place: one copy less
+    # xnorm's two steps, the first in place: one copy less
+    vk = vk.div_(_narrow(_rough_length(vk), vk))
     # only the product of the gammas counts, so both go here
     vk = (vk * _scale(vk, gamma_q * gamma_kv)).to(vk.dtype)  # (..., e, d)
-    return (q @ vk.mT).mul_(_unit_scale(q))  # (..., M, e): late and in place
+    out = q @ vk.mT  # (..., M, e)
+    return out.mul_(_narrow(_unit_scale(q), out))  # late and in place
 
 
 class SoftmaxAttention(nn.Module):
@@ -194,6 +196,11 @@ def _unit_scale(x, dim=-1):
     length = _length(x, dim)
     length = length.masked_fill(length == float("inf"), float("nan"))
     return 1 / length.masked_fill(length == 0, float("inf"))
+
+
+def _narrow(lengths, x):
+    """Lengths in the dtype of an x in bfloat16: with another, x would be copied there and back."""
+    return lengths.to(x.dtype) if x.dtype == torch.bfloat16 else lengths
 
 
 def _computes_in_float16(x):

@@ -181,7 +181,7 @@ class Config:
         None, "cpu, cuda, cuda:1, mps, ...; by default a GPU if there is one"
     )
     amp: bool | None = _option(
-        None, "bfloat16 autocast; by default where a GPU or a CPU (AMX, AVX512-BF16) has it"
+        None, "bfloat16 autocast; by default on a GPU that has it, on a CPU that is faster with it"
     )
     compile: bool | None = _option(None, "torch.compile; by default on a GPU")
 
