@@ -28,9 +28,10 @@ runs: $(INSTALLED)  ## make the recorded runs that are missing: LIST=1, MINUTES=
 	$(BIN)/python book/tools/campaign.py $(if $(LIST),--list) $(if $(MINUTES),--minutes $(MINUTES)) \
 	  $(if $(DEVICE),--device $(DEVICE)) $(if $(WORKERS),--workers $(WORKERS))
 
-bench: $(INSTALLED)  ## time the attention against PyTorch's, whole models and dense steps, and write book/runs/bench/
+bench: $(INSTALLED)  ## time the attention against PyTorch's, whole models, training and dense steps, and write book/runs/bench/
 	$(BIN)/python book/tools/bench.py
 	$(BIN)/python book/tools/bench_models.py
+	$(BIN)/python book/tools/bench_training.py
 	$(BIN)/python book/tools/bench_dense.py
 
 notebooks: $(INSTALLED)  ## bring the chapters in line with the package and the records, and run them
