@@ -48,11 +48,13 @@ ARROWS = {  # which of its own files a file of the package may import
     "record": "",
     "recipe": "augment baselines data model optimization",
     "command_line": "recipe",
-    "tasks": "augment data dense dense_data distributed images matching model optimization "
+    "outputs": "distributed images",
+    "tasks": "augment data dense dense_data distributed images matching model optimization outputs "
     "packages recipe",
+    "each_picture": "dense distributed matching outputs",
     "resume": "distributed recipe record",
     "weights": "dense images model packages recipe tasks",
-    "run": "distributed memory optimization record resume tasks weights",
+    "run": "distributed each_picture memory optimization record resume tasks weights",
     "train": "command_line distributed memory recipe record resume run tasks weights",
 }
 ARROWS = {file: set(others.split()) for file, others in ARROWS.items()}

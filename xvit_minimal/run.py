@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
 from .distributed import rank, synchronize_batch_norms, total, world
+from .each_picture import DETAILS
 from .memory import memory_per_picture, micro_batch, room_for_a_step
 from .optimization import Optimizer, averaging, learning_rate
 from .record import checkpoint_bytes, peak_memory, write
@@ -280,10 +281,9 @@ class Run:
         return {f"{split}_{key}": value for key, value in finite.items()}
 
     def details(self):
-        """What a record holds of the test pictures beside the scores, for tasks that have such."""
-        if not hasattr(self.task, "details"):
-            return {}
-        found = self.task.details(self.ema.module, self.sets["test"], self.config.amp)
+        """What a record holds of each test picture."""
+        of_each = DETAILS[self.config.task]
+        found = of_each(self.ema.module, self.sets["test"], self.config.amp)
         return {f"test_{key}": value for key, value in found.items()}
 
     def _line(self, row):

@@ -8,10 +8,6 @@ weighted mean of the parts' losses is the whole batch's loss. `evaluate` is a di
 of which `score` names the one to look at. With several processes each does a part.
 """
 
-import base64
-from dataclasses import replace
-
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -20,11 +16,12 @@ from torchvision.transforms import v2
 from . import data, dense_data
 from .augment import Augment, AugmentDense
 from .dense import VOID, SemanticFPN, XViTBackbone, detector, segmentation_loss
-from .distributed import rank, total, world
+from .distributed import total
 from .images import stack
 from .matching import BestThreshold, every_box
 from .model import cost
 from .optimization import check_optimizer
+from .outputs import outputs, own_sizes, picture_size
 from .packages import require
 from .recipe import build, image_size, stored_side
 
@@ -81,32 +78,12 @@ class Classification:
         """How many images the loss is a mean of."""
         return len(batch[0])
 
-    @classmethod
-    @torch.no_grad()
-    def details(cls, model, images, amp=False):
-        """{"top1_flip", "hits"}: the share of right answers if each image and its mirror image are
-        asked, their probabilities averaged; and which images were right without that, one bit each,
-        `numpy.packbits` in base64, so that two models can be compared image by image."""
-        device = next(model.parameters()).device
-        hits = torch.zeros(2, len(images), device=device)
-        flipped = replace(images, images=images.images.flip(-1))
-        both = zip(_outputs(model, images, amp, 500), _outputs(model, flipped, amp, 500))
-        for (index, logits), (_, mirrored) in both:
-            labels = images.labels[index].to(device)  # (B,)
-            p = logits.float().softmax(1)  # (B, classes)
-            averaged = p + mirrored.float().softmax(1)  # (B, classes)
-            hits[0, index.to(device)] = (p.argmax(1) == labels).float()
-            hits[1, index.to(device)] = (averaged.argmax(1) == labels).float()
-        plain, flip = total(hits).cpu()
-        bits = np.packbits(plain.bool().numpy())
-        return {"top1_flip": flip.mean().item(), "hits": base64.b64encode(bits).decode()}
-
     @staticmethod
     @torch.no_grad()
     def evaluate(model, images, amp=False, batch_size=500):
         """{"loss", "top1"} of a model on an ImageSet, in evaluation mode, not augmented."""
         sums = torch.zeros(2, device=next(model.parameters()).device)
-        for index, logits in _outputs(model, images, amp, batch_size):
+        for index, logits in outputs(model, images, amp, batch_size):
             labels, logits = (
                 images.labels[index].to(sums.device),
                 logits.float(),
@@ -153,13 +130,13 @@ class Segmentation:
         their sizes as a third, where they differ."""
         pairs = []
         for i in index.tolist():
-            height, width = _size(images, i)
+            height, width = picture_size(images, i)
             picture, mask = images.images[i, :, :height, :width], images.masks[i, :height, :width]
             pairs.append(self.augment.with_mask(picture, mask))
         x, sizes = stack([picture for picture, _ in pairs], 128)  # (B, 3, H, W), (B, 2)
         masks, _ = stack([mask for _, mask in pairs], VOID)  # (B, H, W)
         x = data.normalize(x.to(device))
-        return x, masks.to(device), *_own(sizes, x)
+        return x, masks.to(device), *own_sizes(sizes, x)
 
     def loss(self, net, batch):
         """The mean loss () of the pixels of a batch that are not void."""
@@ -186,7 +163,7 @@ class Segmentation:
 
         device, J = next(model.parameters()).device, len(images.classes)
         counts = MulticlassConfusionMatrix(J, ignore_index=VOID).to(device)
-        for index, logits in _outputs(model, images, amp, batch_size):
+        for index, logits in outputs(model, images, amp, batch_size):
             counts.update(logits.argmax(1), images.masks[index].to(device).long())
         table = counts.compute().cpu().double()  # (J, J) pixels: truth, prediction
         if not table.sum():
@@ -249,7 +226,7 @@ class Detection:
         together with their boxes."""
         pictures, targets = [], []
         for i in index.tolist():
-            height, width = _size(images, i)
+            height, width = picture_size(images, i)
             picture, boxes, labels = self.augment.with_boxes(
                 images.images[i, :, :height, :width], images.boxes[i], images.box_labels[i]
             )
@@ -321,7 +298,7 @@ class Detection:
         counts = MeanAveragePrecision(class_metrics=True, **more).to(device)
         best = BestThreshold(device)
         with every_box(model):
-            for index, found in _outputs(model, images, amp, batch_size=16, as_list=True):
+            for index, found in outputs(model, images, amp, batch_size=16, as_list=True):
                 for i, answer in zip(index.tolist(), found):
                     truth = {"boxes": images.boxes[i], "labels": images.box_labels[i]}
                     truth = {key: value.to(device) for key, value in truth.items()}
@@ -353,34 +330,3 @@ class _Maps(nn.Module):
 
     def forward(self, x):
         return self.model.head(list(self.model.backbone(x).values()))
-
-
-def _size(images, i):
-    """(height, width) of a picture without its padding."""
-    return images.images.shape[-2:] if images.sizes is None else images.sizes[i].tolist()
-
-
-def _own(sizes, x):
-    """(sizes,) to give to a model after the images x (B, 3, H, W), or () if all of them fill x."""
-    return (sizes.to(x.device),) if (sizes < torch.tensor(x.shape[-2:])).any() else ()
-
-
-def _outputs(model, images, amp, batch_size, as_list=False):
-    """(index, output) of a model in evaluation mode for this process's part of an ImageSet, batch
-    by batch.
-
-    A detector takes its pictures `as_list`, each of its own size; another model in one tensor, with
-    their sizes.
-    """
-    model.eval()
-    device = next(model.parameters()).device
-    for index in torch.arange(rank(), len(images), world()).split(batch_size):
-        x = data.normalize(images.images[index].to(device))  # (B, 3, H, W)
-        own = [_size(images, i) for i in index.tolist()]
-        if as_list:
-            inputs = ([picture[:, :height, :width] for picture, (height, width) in zip(x, own)],)
-        else:
-            inputs = (x, *_own(torch.tensor(own), x))
-        with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-            output = model(*inputs)
-        yield index, output
