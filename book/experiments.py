@@ -13,8 +13,9 @@ class Experiment:
     """One configuration, run once with each of its seeds.
 
     `options`: what `recipe` is given, beside the seed. `rate_from`: the best validation score
-    of the experiments named RATE_FROM-RATE settles the learning rate. `minutes`: of one thread, for
-    a seed, as measured. `needs`: "any" or "gpu". `priority`: lower ones run first.
+    of the experiments named RATE_FROM-RATE settles the learning rate. `minutes`: what a seed takes
+    times its threads, as measured. `threads`: of a CPU, for each run. `needs`: "any" or "gpu".
+    `priority`: lower ones run first.
     """
 
     name: str
@@ -24,6 +25,7 @@ class Experiment:
     priority: int
     seeds: tuple = (0, 1, 2)
     needs: str = "any"
+    threads: int = 1
     rate_from: str | None = None
 
     def settled(self, records):
@@ -161,4 +163,25 @@ SMALL_MATCHED = tuple(
     for attention in COMPARED
 )
 
-EXPERIMENTS = RECIPE + TUNING + SMALL_MATCHED
+# Chapter 11: the best that two cores reach in at most 140 minutes with a million parameters. One
+# run. What the short runs above found pays: Muon, small images first. Of what did not pay in
+# six epochs RandAugment is back, for in 80 epochs the same shifted images come again too often;
+# mixing and stochastic depth are not. Asked: is it right on 90% of the test images?
+BEST = (
+    Experiment(
+        "best/1m",
+        "what do two cores reach?",
+        {
+            **CIFAR,
+            **dict(dim=112, depth=5, num_heads=4, optimizer="muon", lr=4e-3, batch_size=64),
+            **dict(epochs=80, augment="shift+randaugment", mix=0.0, drop_path=0.0, small=0.5),
+            "eval_epochs": 10,
+        },
+        minutes=220,
+        priority=25,
+        seeds=(0,),
+        threads=2,
+    ),
+)
+
+EXPERIMENTS = RECIPE + TUNING + SMALL_MATCHED + BEST

@@ -143,6 +143,32 @@ def test_a_run_that_fails_says_why_and_the_others_go_on(place, declare, capsys):
     assert "wrong-0: ended with 1" in (said := capsys.readouterr().out) and "nowhere" in said
 
 
+def test_a_run_of_two_threads_waits_for_both_and_has_them_alone(place, declare, monkeypatch):
+    declare(
+        Experiment("before", "?", SMALL, 1, 1, seeds=(0,)),
+        Experiment("wide", "?", SMALL, 1, 2, seeds=(0,), threads=2),
+        Experiment("after", "?", SMALL, 1, 3, seeds=(0, 1)),
+    )
+    begun, now, most = [], set(), []
+    start, finish = campaign.start, campaign.finish
+
+    def started(job, device, threads):
+        begun.append((job.name, threads))
+        now.add(job.name)
+        most.append(set(now))
+        return start(job, device, threads)
+
+    def finished(job, *rest):
+        now.discard(job.name)
+        finish(job, *rest)
+
+    monkeypatch.setattr(campaign, "start", started)
+    monkeypatch.setattr(campaign, "finish", finished)
+    assert work() == 0
+    assert begun == [("before-0", 1), ("wide-0", 2), ("after-0", 1), ("after-1", 1)]
+    assert most[1] == {"wide-0"} and most[3] == {"after-0", "after-1"}
+
+
 def test_the_list_says_what_is_left(place, declare):
     declare(FIRST, Experiment("big", "?", SMALL, 100, 1, seeds=(0,), needs="gpu"))
     text = campaign.table("cpu")

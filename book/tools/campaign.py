@@ -1,6 +1,6 @@
 """Work through the runs that book/experiments.py declares and book/runs/ does not hold yet.
 
-    make runs                          two workers of one thread each, until nothing is missing
+    make runs                          two threads, a run of one on each, until nothing is missing
     make runs LIST=1                   what is done, running, missing, stale; time that is left
     make runs MINUTES=9 DEVICE=cuda    on a GPU, one run at a time, for nine minutes
 
@@ -172,8 +172,9 @@ def work(device, workers, threads, minutes):
             waiting = [j for j in jobs(device) if j.name not in taken and is_open(j.state)]
             if time.monotonic() > until or not (waiting or running):
                 break
-            if waiting and len(running) < workers:
-                process, folder = start(waiting[0], device, threads)
+            free = workers - sum(width(job, workers) for job, _ in running.values())
+            if waiting and width(waiting[0], workers) <= free:
+                process, folder = start(waiting[0], device, threads * width(waiting[0], workers))
                 running[process] = waiting[0], folder
                 print(f"{waiting[0].name}: running in {folder}", flush=True)
             else:
@@ -185,6 +186,11 @@ def work(device, workers, threads, minutes):
             if process.wait() == 0:  # it had just ended
                 finish(job, folder, 0, failed)
     return len(failed)
+
+
+def width(job, workers):
+    """How many of the workers' places a run takes: one for each of its threads, if there are."""
+    return min(job.experiment.threads, workers)
 
 
 def is_open(state):
