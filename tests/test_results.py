@@ -28,7 +28,8 @@ def test_pages_and_picture_are_those_of_the_record(run):
 
 @pytest.mark.parametrize("page", results.PAGES)
 def test_a_figure_changed_by_hand_is_reported(page, run, tmp_path, monkeypatch):
-    for name in [*results.PAGES, "book/figures/cost-light.png", "book/figures/cost-dark.png"]:
+    figures = [f"book/figures/{n}-{mode}.png" for n in results.PICTURES for mode in results.INK]
+    for name in [*results.PAGES, *figures]:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes((ROOT / name).read_bytes())
     monkeypatch.setattr(results, "ROOT", tmp_path)

@@ -58,8 +58,12 @@ def shapes(device):
 
 
 def inputs(what, N, B, device):
-    """Tensors of one row, (q, k, v) or (x,), and {method: function that takes them}."""
-    like = {"device": device, "dtype": DTYPES[device.type]}
+    """Tensors of one row, (q, k, v) or (x,), and {method: function that takes them}.
+
+    `what`: "contiguous", "views" of one tensor, "bfloat16" (contiguous as well), or "module".
+    """
+    dtype = torch.bfloat16 if what == "bfloat16" else DTYPES[device.type]
+    like = {"device": device, "dtype": dtype}
     if what == "module":
         torch.manual_seed(0)
         modules = {
@@ -70,7 +74,7 @@ def inputs(what, N, B, device):
         return (x,), {method: module.to(**like) for method, module in modules.items()}
     qkv = torch.randn(B, N, 3, HEADS, D, **like)
     qkv = qkv.permute(2, 0, 3, 1, 4)  # (3, B, h, N, d), a strided view
-    if what == "contiguous":
+    if what != "views":
         qkv = qkv.contiguous()
     return qkv.unbind(0), {"softmax": F.scaled_dot_product_attention, "xnorm": xnorm_attention}
 
@@ -292,7 +296,8 @@ def main():
     rate = copy_rate(device) if gpu else None
     rows = []
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION) if gpu else contextlib.nullcontext():
-        for what in ("contiguous", "views", "module"):
+        kinds = ("contiguous", "views", "module") + (() if gpu else ("bfloat16",))
+        for what in kinds:
             for backward in (False, True):
                 for N, B in chosen:
                     rows.append(measure(what, N, B, backward, rounds, device, rate))

@@ -14,6 +14,7 @@ import ast
 import difflib
 import hashlib
 import inspect
+import itertools
 import json
 import re
 import statistics
@@ -77,6 +78,7 @@ def attention_figures(run):
         "forward": ("contiguous", "forward"),
         "training": ("contiguous", "forward+backward"),
         "module": ("module", "forward"),
+        "bfloat16": ("bfloat16", "forward"),
     }
     figures = {"tokens": LONG, "lengths": []}
     for name, (what, direction) in measured.items():
@@ -272,64 +274,106 @@ def fill(text, run):
     return re.sub(part, renew, text, flags=re.DOTALL)
 
 
-def fingerprint(run):
-    """Identifies the record and the drawing code that a picture was made from."""
+def fingerprint(run, name):
+    """Identifies what a picture was made from: the record, if it shows any of it, and the code."""
+    drawn = PICTURES[name]
+    shown = (
+        json.dumps(run, sort_keys=True) if inspect.signature(drawn).parameters.get("run") else ""
+    )
     return hashlib.sha256(
-        (json.dumps(run, sort_keys=True) + inspect.getsource(draw)).encode()
+        (shown + inspect.getsource(drawn) + inspect.getsource(draw)).encode()
     ).hexdigest()
 
 
-def draw(run, mode):
-    """Time of one image's attention against the image's side, both methods, both measured."""
-    colour = {"softmax": "#D55E00", "xnorm": "#0072B2" if mode == "light" else "#56B4E9"}
-    names = {"softmax": "softmax\n(PyTorch's fused kernel)", "xnorm": "X-ViT"}
-    with plt.rc_context(
-        {
-            "text.color": INK[mode],
-            "axes.labelcolor": INK[mode],
-            "axes.edgecolor": INK[mode],
-            "font.size": 12,
-            "xtick.color": INK[mode],
-            "ytick.color": INK[mode],
-            "figure.constrained_layout.use": True,
-        }
-    ):
-        figure, axes = plt.subplots(figsize=(7, 4.2))
-        rows = [
-            row(run, "contiguous", "forward", N)
-            for N in sorted({r["tokens"] for r in run["results"]})
-        ]
-        sides = [PATCH * r["tokens"] ** 0.5 for r in rows]
-        for method in ("softmax", "xnorm"):
-            times = [1e3 * r[f"{method}_seconds"] / r["batch"] for r in rows]
-            axes.loglog(sides, times, "o-", color=colour[method], linewidth=2.5)
-            grows = slope(run, "contiguous", "forward")[f"{method}_seconds_slope"]
-            axes.annotate(
-                f"{names[method]}\ntime ~ tokens$^{{{grows:.2f}}}$",
-                (sides[-1], times[-1]),
-                xytext=(10, 0),
-                textcoords="offset points",
-                color=colour[method],
-                va="center",
-                annotation_clip=False,
-            )
-        axes.set_xticks(sides, [f"{side:,.0f}" for side in sides])
-        axes.minorticks_off()
-        axes.set(
-            xlabel="side of the image, pixels (patches of 16 x 16)",
-            ylabel="attention, milliseconds per image",
-        )
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-        path = ROOT / f"book/figures/cost-{mode}.png"
+def draw(run, name, mode):
+    """Write one of the PICTURES to book/figures/, for light or dark pages."""
+    drawn, path = PICTURES[name], ROOT / f"book/figures/{name}-{mode}.png"
+    colours = dict.fromkeys(
+        ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK[mode]
+    )
+    with plt.rc_context({**colours, "font.size": 12, "figure.constrained_layout.use": True}):
+        colour = {"softmax": "#D55E00", "xnorm": "#0072B2" if mode == "light" else "#56B4E9"}
+        if inspect.signature(drawn).parameters.get("run"):
+            figure = drawn(colour, run=run)
+        else:
+            figure = drawn(colour)
         path.parent.mkdir(exist_ok=True)
         figure.savefig(
             path,
             dpi=160,
             transparent=True,
-            metadata={"Description": fingerprint(run), "Software": None},
+            metadata={"Description": fingerprint(run, name), "Software": None},
         )
         plt.close(figure)
+
+
+def draw_cost(colour, run):
+    """Time of one image's attention against the image's side, both methods, both measured."""
+    names = {"softmax": "softmax\n(PyTorch's fused kernel)", "xnorm": "X-ViT"}
+    figure, axes = plt.subplots(figsize=(7, 4.2))
+    rows = [
+        row(run, "contiguous", "forward", N) for N in sorted({r["tokens"] for r in run["results"]})
+    ]
+    sides = [PATCH * r["tokens"] ** 0.5 for r in rows]
+    for method in ("softmax", "xnorm"):
+        times = [1e3 * r[f"{method}_seconds"] / r["batch"] for r in rows]
+        axes.loglog(sides, times, "o-", color=colour[method], linewidth=2.5)
+        grows = slope(run, "contiguous", "forward")[f"{method}_seconds_slope"]
+        axes.annotate(
+            f"{names[method]}\ntime ~ tokens$^{{{grows:.2f}}}$",
+            (sides[-1], times[-1]),
+            xytext=(10, 0),
+            textcoords="offset points",
+            color=colour[method],
+            va="center",
+            annotation_clip=False,
+        )
+    axes.set_xticks(sides, [f"{side:,.0f}" for side in sides])
+    axes.minorticks_off()
+    axes.set(
+        xlabel="side of the image, pixels (patches of 16 x 16)",
+        ylabel="attention, milliseconds per image",
+    )
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def draw_orders(colour):
+    """The two orders of the product, every matrix drawn to scale for N = 6 d."""
+    N, d = 6.0, 1.0
+    orders = {  # (what is written in a matrix, its height, its width), or a sign between two
+        "softmax": [("$Q$", N, d), ("$K^\\top$", d, N), "=", ("N × N", N, N), ("$V$", N, d), "="],
+        "xnorm": [("$K^\\top$", d, N), ("$V$", N, d), "=", ("", d, d), ",", ("$Q$", N, d)],
+    }
+    orders["softmax"] += [("", N, d)]
+    orders["xnorm"] += [("", d, d), "=", ("", N, d)]
+    titles = {
+        "softmax": "softmax stands between: an N × N matrix, $2N^2d$ multiply-adds",
+        "xnorm": "without it $K^\\top V$ comes first: a d × d matrix, $2Nd^2$ multiply-adds",
+    }
+    figure, axes = plt.subplots(2, 1, figsize=(7, 5.4))
+    for ax, (method, order) in zip(axes, orders.items()):
+        x = 0.0
+        for part in order:
+            if isinstance(part, str):
+                ax.text(x + 0.5, 0, part, ha="center", va="center", fontsize=15)
+                x += 1.4
+                continue
+            name, height, width = part
+            between = height == width
+            corner, face = (x, -height / 2), colour[method] if between else "none"
+            ax.add_patch(plt.Rectangle(corner, width, height, fc=face, ec=colour[method], lw=1.8))
+            ink = "white" if between else plt.rcParams["text.color"]
+            ax.text(x + width / 2, 0, name, ha="center", va="center", color=ink)
+            x += width + 0.4
+        ax.set(xlim=(-0.2, 20.2), ylim=(-N / 2 - 0.2, N / 2 + 0.2), aspect="equal")
+        ax.set_title(titles[method], color=colour[method], fontsize=12)
+        ax.axis("off")
+    return figure
+
+
+PICTURES = {"cost": draw_cost, "orders": draw_orders}
 
 
 def stale(run):
@@ -339,15 +383,15 @@ def stale(run):
         for page in PAGES
         if (ROOT / page).read_text() != fill((ROOT / page).read_text(), run)
     ]
-    for mode in INK:
-        path = ROOT / f"book/figures/cost-{mode}.png"
+    for name, mode in itertools.product(PICTURES, INK):
+        path = ROOT / f"book/figures/{name}-{mode}.png"
         if (
             not path.exists()
-            or fingerprint(run).encode() not in path.read_bytes()
+            or fingerprint(run, name).encode() not in path.read_bytes()
             or imread(path).ndim != 3
         ):
             found.append(
-                f"book/figures/cost-{mode}.png was not drawn from {RECORD} as it is: "
+                f"{path.relative_to(ROOT)} was not drawn by today's code from {RECORD} as it is: "
                 "run `make notebooks`"
             )
     return found
@@ -366,8 +410,8 @@ def main(argv=None):
     if not parser.parse_args(argv).check:
         for page in PAGES:
             write(fill((ROOT / page).read_text(), run), ROOT / page)
-        for mode in INK:
-            draw(run, mode)
+        for name, mode in itertools.product(PICTURES, INK):
+            draw(run, name, mode)
     for message in stale(run):
         print(message)
     sys.exit(1 if stale(run) else 0)
