@@ -78,7 +78,6 @@ def attention_figures(run):
         "forward": ("contiguous", "forward"),
         "training": ("contiguous", "forward+backward"),
         "module": ("module", "forward"),
-        "bfloat16": ("bfloat16", "forward"),
     }
     figures = {"tokens": LONG, "lengths": []}
     for name, (what, direction) in measured.items():
