@@ -735,7 +735,9 @@ def test_a_run_leaves_a_record_and_weights_that_give_its_scores(
     assert tuple(classes) == test.classes and not model.training
     scores = TASKS[task].evaluate(model, test, found["config"]["amp"])
     again = {f"test_{key}": value for key, value in scores.items()}
-    assert again == {key: value for key, value in found["results"][0].items() if key != "epoch"}
+    ended = found["results"][0]
+    of_each = {"segmentation": "test_pixel_counts", "detection": "test_map_by_image"}[task]
+    assert again == {key: ended[key] for key in again} and set(ended) == {"epoch", of_each, *again}
     assert found["parameters"] == sum(p.numel() for p in model.parameters())
     with torch.no_grad():
         assert model(data.normalize(test.images[:1])) is not None
