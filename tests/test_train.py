@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from test_records import problems_in_records
 
-from xvit_minimal import data, memory, record, train
+from xvit_minimal import data, each_picture, memory, record, train
 from xvit_minimal.dense import VOID
 from xvit_minimal.model import XViT
 from xvit_minimal.optimization import has_muon, learning_rate, parameter_groups
@@ -393,7 +393,7 @@ def test_without_a_holdout_all_is_trained_on_and_only_the_end_is_scored(tmp_path
 def test_a_score_that_is_no_number_is_null_and_does_not_end_the_run(tmp_path, monkeypatch, capsys):
     nothing = {"top1": math.nan, "other": math.inf, "good": 0.5}
     monkeypatch.setattr(Classification, "evaluate", staticmethod(lambda *_: nothing))
-    monkeypatch.delattr(Classification, "details")
+    monkeypatch.setitem(each_picture.DETAILS, "classification", lambda *_: {})
     found = train.train(tiny(tmp_path, epochs=1))
     wanted = {"epoch": 1, "test_top1": None, "test_other": None, "test_good": 0.5}
     assert found["results"] == [wanted] and "val top1 not a number" in capsys.readouterr().out
