@@ -14,8 +14,8 @@ class Experiment:
 
     `options`: what `recipe` is given, beside the seed. `rate_from`: the best validation score
     of the experiments named RATE_FROM-RATE settles the learning rate. `minutes`: what a seed takes
-    times its threads, as measured. `threads`: of a CPU, for each run. `needs`: "any" or "gpu".
-    `priority`: lower ones run first.
+    times its threads, as measured, or as expected before the first run. `threads`: of a CPU, for
+    each run. `needs`: "any" or "gpu". `priority`: lower ones run first.
     """
 
     name: str
@@ -163,10 +163,10 @@ SMALL_MATCHED = tuple(
     for attention in COMPARED
 )
 
-# Chapter 11: the best that two cores reach in at most 140 minutes with a million parameters. One
-# run. What the short runs above found pays: Muon, small images first. Of what did not pay in
-# six epochs RandAugment is back, for in 80 epochs the same shifted images come again too often;
-# mixing and stochastic depth are not. Asked: is it right on 90% of the test images?
+# Chapter 11: the best that two cores reach in at most 140 minutes with at most a million
+# parameters. One run. What the short runs above found pays: Muon, small images first. RandAugment,
+# which cost them points, is back: that 80 epochs want it is a guess, nobody has tried. Asked: is it
+# right on 90% of the test images?
 BEST = (
     Experiment(
         "best/1m",

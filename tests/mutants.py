@@ -17,6 +17,7 @@ import io
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -196,9 +197,9 @@ def of_package(path, count, seed):
     chosen = random.Random(seed).sample(every, min(count, len(every)))
     with tempfile.TemporaryDirectory() as folder:
         copied = Path(folder)
-        subprocess.run(
-            ["cp", "-r", ROOT / "xvit_minimal", ROOT / "tests", ROOT / "pyproject.toml", folder]
-        )
+        for name in ("xvit_minimal", "tests"):
+            shutil.copytree(ROOT / name, copied / name)
+        shutil.copy(ROOT / "pyproject.toml", copied)
         for line, words, source in sorted(chosen):
             (copied / "xvit_minimal" / path.name).write_text(source)
             done = subprocess.run(

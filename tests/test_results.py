@@ -10,6 +10,8 @@ import pytest
 import torch
 from conftest import ROOT
 
+from xvit_minimal import softmax_attention, xnorm, xnorm_attention
+
 pytest.importorskip("jinja2", reason="it fills the pages: pip install jinja2")
 pytest.importorskip("matplotlib", reason="it draws the figure: pip install matplotlib")
 pytest.importorskip("nbformat", reason="results.py imports sync.py: pip install nbformat")
@@ -45,7 +47,21 @@ def test_a_changed_record_is_reported(run):
     other = copy.deepcopy(run)
     for row in other["results"]:
         row["ratio"] += 1
-    assert len(results.stale(other)) == len(results.PAGES) + len(results.INK)
+    assert len(results.stale(other)) == len(results.PAGES) + len(results.PICTURES) * len(
+        results.INK
+    )
+
+
+def test_the_two_lines_of_the_first_page_are_the_two_attentions():
+    lines = re.search(r"```python\n(.*?)```", (ROOT / "book/index.md").read_text(), re.S)[1]
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 2, 20, 8, dtype=torch.float64)  # each (h, N, d)
+    for line, attention in zip(
+        lines.splitlines(), (softmax_attention, xnorm_attention), strict=True
+    ):
+        space = {"q": q, "k": k, "v": v, "d": 8, "xnorm": xnorm}
+        exec(line, space)
+        assert torch.allclose(space["out"], attention(q, k, v))
 
 
 def test_an_unknown_part_of_a_page_is_refused(run):
@@ -80,7 +96,12 @@ def test_a_column_for_the_gpu_waits_for_its_record(run):
 
 def test_models_are_called_slower_and_faster_only_where_they_are(run):
     figures = results.figures(run)
-    assert figures["models"]["slower"] == [224, 384] and figures["models"]["faster"] == [1024]
+    rows = results.record("bench/models-cpu.json")["results"]
+    rows = [r for r in rows if r["model"] == "xvit_small"]
+    slower, faster = figures["models"]["slower"], figures["models"]["faster"]
+    assert slower == [r["side"] for r in rows if r["ratio"] < 1 - results.ALIKE]
+    assert faster == [r["side"] for r in rows if r["ratio"] > 1 + results.ALIKE]
+    figures["models"] |= {"slower": [224, 384], "faster": [1024]}
     text = results.render("models", **figures)
     assert "slower than DeiT at 224 and 384 px and faster at 1,024 px:" in text
     figures["models"] |= {"slower": [], "heavier": False}

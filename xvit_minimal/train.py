@@ -285,8 +285,8 @@ def _start(config):
 def _amp(device):
     """Whether a device multiplies bfloat16 faster than float32.
 
-    A CPU is timed, for its flags do not tell: of two with AVX512-BF16 one was twice as fast with
-    bfloat16, the other half as fast. With several processes it has to be so in all of them.
+    A CPU is timed, for its flags do not tell: on one with AVX512-BF16 a product took twice as long
+    in bfloat16. With several processes it has to be faster in all of them.
     """
     if device.type != "cpu":
         return device.type == "cuda" and torch.cuda.is_bf16_supported()

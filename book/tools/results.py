@@ -78,6 +78,7 @@ def attention_figures(run):
         "forward": ("contiguous", "forward"),
         "training": ("contiguous", "forward+backward"),
         "module": ("module", "forward"),
+        "bfloat16": ("bfloat16", "forward"),
     }
     figures = {"tokens": LONG, "lengths": []}
     for name, (what, direction) in measured.items():
@@ -274,28 +275,19 @@ def fill(text, run):
 
 
 def fingerprint(run, name):
-    """Identifies what a picture was made from: the record, if it shows any of it, and the code."""
-    drawn = PICTURES[name]
-    shown = (
-        json.dumps(run, sort_keys=True) if inspect.signature(drawn).parameters.get("run") else ""
-    )
-    return hashlib.sha256(
-        (shown + inspect.getsource(drawn) + inspect.getsource(draw)).encode()
-    ).hexdigest()
+    """Identifies the record and the drawing code that a picture was made from."""
+    code = inspect.getsource(PICTURES[name]) + inspect.getsource(draw)
+    return hashlib.sha256((json.dumps(run, sort_keys=True) + code).encode()).hexdigest()
 
 
 def draw(run, name, mode):
     """Write one of the PICTURES to book/figures/, for light or dark pages."""
-    drawn, path = PICTURES[name], ROOT / f"book/figures/{name}-{mode}.png"
-    colours = dict.fromkeys(
-        ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK[mode]
-    )
-    with plt.rc_context({**colours, "font.size": 12, "figure.constrained_layout.use": True}):
+    path = ROOT / f"book/figures/{name}-{mode}.png"
+    inked = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
+    style = {**dict.fromkeys(inked, INK[mode]), "font.size": 12}
+    with plt.rc_context({**style, "figure.constrained_layout.use": True}):
         colour = {"softmax": "#D55E00", "xnorm": "#0072B2" if mode == "light" else "#56B4E9"}
-        if inspect.signature(drawn).parameters.get("run"):
-            figure = drawn(colour, run=run)
-        else:
-            figure = drawn(colour)
+        figure = PICTURES[name](run, colour)
         path.parent.mkdir(exist_ok=True)
         figure.savefig(
             path,
@@ -306,7 +298,7 @@ def draw(run, name, mode):
         plt.close(figure)
 
 
-def draw_cost(colour, run):
+def draw_cost(run, colour):
     """Time of one image's attention against the image's side, both methods, both measured."""
     names = {"softmax": "softmax\n(PyTorch's fused kernel)", "xnorm": "X-ViT"}
     figure, axes = plt.subplots(figsize=(7, 4.2))
@@ -338,15 +330,17 @@ def draw_cost(colour, run):
     return figure
 
 
-def draw_orders(colour):
-    """The two orders of the product, every matrix drawn to scale for N = 6 d."""
+def draw_orders(_, colour):
+    """The two orders of the product, every matrix drawn to scale for N = 6 d; nothing measured."""
     N, d = 6.0, 1.0
+    square, tall = ("N × N", N, N), ("", N, d)
     orders = {  # (what is written in a matrix, its height, its width), or a sign between two
-        "softmax": [("$Q$", N, d), ("$K^\\top$", d, N), "=", ("N × N", N, N), ("$V$", N, d), "="],
-        "xnorm": [("$K^\\top$", d, N), ("$V$", N, d), "=", ("", d, d), ",", ("$Q$", N, d)],
+        "softmax": [("$Q$", N, d), ("$K^\\top$", d, N), "=", square, ("$V$", N, d), "=", tall],
+        "xnorm": [
+            *(("$K^\\top$", d, N), ("$V$", N, d), "=", ("", d, d)),
+            *(",", ("$Q$", N, d), ("", d, d), "=", tall),
+        ],
     }
-    orders["softmax"] += [("", N, d)]
-    orders["xnorm"] += [("", d, d), "=", ("", N, d)]
     titles = {
         "softmax": "softmax stands between: an N × N matrix, $2N^2d$ multiply-adds",
         "xnorm": "without it $K^\\top V$ comes first: a d × d matrix, $2Nd^2$ multiply-adds",
