@@ -178,7 +178,7 @@ BEST = (
             "eval_epochs": 10,
         },
         minutes=220,
-        priority=25,
+        priority=35,
         seeds=(0,),
         threads=2,
     ),
