@@ -24,7 +24,7 @@ lint: $(INSTALLED)  ## formatting and lint, in place where ruff can: make lint F
 train: $(INSTALLED)  ## train a small model on drawn shapes, about a minute; more with python -m xvit_minimal.train --help
 	$(BIN)/python -m xvit_minimal.train
 
-runs: $(INSTALLED)  ## make the recorded runs that are missing: LIST=1, MINUTES=9, DEVICE=cuda, WORKERS=2
+runs: $(INSTALLED)  ## make the recorded runs that are missing: LIST=1, DEVICE=cuda, WORKERS=2, MINUTES=9
 	$(BIN)/python book/tools/campaign.py $(if $(LIST),--list) $(if $(MINUTES),--minutes $(MINUTES)) \
 	  $(if $(DEVICE),--device $(DEVICE)) $(if $(WORKERS),--workers $(WORKERS))
 

@@ -15,7 +15,7 @@ class Experiment:
     `options`: what `recipe` is given, beside the seed. `rate_from`: the best validation score
     of the experiments named RATE_FROM-RATE settles the learning rate. `minutes`: what a seed takes
     times its threads, as measured, or as expected before the first run. `threads`: of a CPU, for
-    each run. `needs`: "any" or "gpu". `priority`: lower ones run first.
+    each run. `needs`: "cpu" or "gpu". `priority`: lower ones run first.
     """
 
     name: str
@@ -24,7 +24,7 @@ class Experiment:
     minutes: float
     priority: int
     seeds: tuple = (0, 1, 2)
-    needs: str = "any"
+    needs: str = "cpu"
     threads: int = 1
     rate_from: str | None = None
 
@@ -163,6 +163,37 @@ SMALL_MATCHED = tuple(
     for attention in COMPARED
 )
 
+# The same question at 1.29 M parameters, on a GPU, with steps of 500 and twenty epochs. The rate is
+# tuned by five epochs on all of the training pictures. X-ViT's attention is compared with softmax,
+# XCA and linear attention: 3 comparisons, by the same test.
+LARGE_COMPARED = ("xnorm", "softmax", "xca", "linear")
+ON_A_GPU = dict(batch_size=500, compile=False)
+LARGE_TUNING = tuple(
+    Experiment(
+        f"tuning/large-{attention}-{rate:g}",
+        "which learning rate?",
+        {**matched("large", attention), **ON_A_GPU, "epochs": 5, "lr": rate},
+        minutes=0.5,
+        priority=20,
+        seeds=(0,),
+        needs="gpu",
+    )
+    for attention in LARGE_COMPARED
+    for rate in GRID
+)
+LARGE_MATCHED = tuple(
+    Experiment(
+        f"matched/large-{attention}",
+        "does X-ViT reach what the others reach?",
+        {**matched("large", attention), **ON_A_GPU, "epochs": 20},
+        minutes=1,
+        priority=30,
+        rate_from=f"tuning/large-{attention}",
+        needs="gpu",
+    )
+    for attention in LARGE_COMPARED
+)
+
 # Chapter 11: the best that two cores reach in at most 140 minutes with at most a million
 # parameters. One run. What the short runs above found pays: Muon, small images first. RandAugment,
 # which cost them points, is back: that 80 epochs want it is a guess, nobody has tried. Asked: is it
@@ -184,4 +215,4 @@ BEST = (
     ),
 )
 
-EXPERIMENTS = RECIPE + TUNING + SMALL_MATCHED + BEST
+EXPERIMENTS = RECIPE + TUNING + SMALL_MATCHED + LARGE_TUNING + LARGE_MATCHED + BEST

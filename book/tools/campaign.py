@@ -1,8 +1,8 @@
 """Work through the runs that book/experiments.py declares and book/runs/ does not hold yet.
 
-    make runs                          two threads, a run of one on each, until nothing is missing
-    make runs LIST=1                   what is done, running, missing, stale; time that is left
-    make runs MINUTES=9 DEVICE=cuda    on a GPU, one run at a time, for nine minutes
+    make runs                                    on a CPU, two at a time, until nothing is missing
+    make runs LIST=1                             what is done, running, missing, stale; time left
+    make runs DEVICE=cuda WORKERS=8 MINUTES=9    those for a GPU, which eight of them share
 
 A run takes place in a worktree of the last commit, .campaign/COMMIT/, so that whoever edits
 meanwhile disturbs nothing, and its record names that commit. It may be stopped at any time, by
@@ -23,12 +23,11 @@ import time
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from sync import ROOT
-
 from xvit_minimal import record
 from xvit_minimal.command_line import command
 from xvit_minimal.recipe import recipe
 
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "book"))
 from experiments import EXPERIMENTS  # noqa: E402
 
@@ -91,8 +90,8 @@ def differs(found, config):
 
 
 def jobs(device="cpu"):
-    """All runs that a device can do, by priority."""
-    fit = [e for e in EXPERIMENTS if e.needs == "any" or device != "cpu"]
+    """All runs for a device, by priority: what is compared was computed on one kind."""
+    fit = [e for e in EXPERIMENTS if e.needs == ("cpu" if device == "cpu" else "gpu")]
     return [Job(e, seed) for e in sorted(fit, key=lambda e: e.priority) for seed in e.seeds]
 
 
@@ -239,19 +238,17 @@ def main(argv=None):
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--list", action="store_true", help="say what is done, and run nothing")
-    parser.add_argument("--device", default="cpu", help="cpu [default] or cuda: one run at a time")
+    parser.add_argument("--device", default="cpu", help="cpu [default] or cuda")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after so many")
-    parser.add_argument("--workers", type=int, default=2, help="runs at a time on a CPU [2]")
+    parser.add_argument("--workers", type=int, default=2, help="runs at a time [2]")
     options = parser.parse_args(argv)
     if options.list:
         return print(table(options.device))
     if options.workers < 1 or not options.minutes >= 0:
         parser.error("got --workers below 1 or --minutes below 0, expected some of each")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that `finally` stops the runs
-    alone = options.device != "cpu"
-    workers = 1 if alone else options.workers
     try:
-        failures = work(options.device, workers, os.cpu_count() if alone else 1, options.minutes)
+        failures = work(options.device, options.workers, 1, options.minutes)
     except KeyboardInterrupt:
         sys.exit("stopped; make runs goes on")
     except ValueError as error:
