@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("nbformat", reason="the book's tools need it")
+
 import campaign  # noqa: E402
 from experiments import ARCHIVE, EXPERIMENTS, Experiment  # noqa: E402
 

@@ -36,7 +36,7 @@ def xnorm(x, gamma=1.0, dim=-1):
     Shape and dtype stay. `gamma`: a number, or a tensor that broadcasts to the shape of x with size
     1 along `dim`. The scale of a vector does not matter: only one shorter than the smallest normal
     number of float32 becomes zero, and so does its gradient (in float16, the gradient of one
-    shorter than its own smallest normal number). Lengths are taken in float32 at least.
+    shorter than its own smallest normal number). Lengths are summed in float32 at least.
     Raises ValueError for a dtype or gamma that does not fit. Source: arXiv:2205.13805.
     """
     if x.dtype not in _DTYPES:
@@ -72,11 +72,11 @@ def xnorm_attention(q, k, v, gamma_q=1.0, gamma_kv=1.0, *, key_padding_mask=None
     # kᵀ v transposed, so that its columns lie in memory one after the other
     vk = v.mT @ k  # (..., e, d)
     # xnorm's two steps, the first in place: one copy less
-    vk = vk.div_(_narrow(_rough_length(vk), vk))
+    vk = vk.div_(_rough_length(vk))
     # only the product of the gammas counts, so both go here
     vk = (vk * _scale(vk, gamma_q * gamma_kv)).to(vk.dtype)  # (..., e, d)
     out = q @ vk.mT  # (..., M, e)
-    return out.mul_(_narrow(_unit_scale(q), out))  # late and in place
+    return out.mul_(_unit_scale(q))  # late and in place
 
 
 class SoftmaxAttention(nn.Module):
@@ -159,8 +159,9 @@ def _split_heads(qkv, num_heads, x, key_padding_mask, num_queries):
 
 
 def _length(x, dim=-1):
-    """‖x‖ along dim (size 1 there), in float32 at least: a float16 square overflows above 256."""
-    dtype = torch.promote_types(x.dtype, torch.float32)
+    """‖x‖ along dim (size 1 there). In float32 for float16, whose squares overflow above 256; else in
+    x's dtype: another would copy a tensor in bfloat16 there and back."""
+    dtype = torch.float32 if x.dtype == torch.float16 else x.dtype
     return torch.linalg.vector_norm(x, dim=dim, keepdim=True, dtype=dtype)
 
 
@@ -185,7 +186,7 @@ def _scale(near_one, gamma=1.0, dim=-1):
             f"{tuple(length.shape)}: one number per vector or per head"
         )
     limit = torch.finfo(length.dtype).tiny ** 0.5  # left of a vector of the smallest normal length
-    return gamma / length.masked_fill(length < limit, float("inf"))
+    return (gamma / length.masked_fill(length < limit, float("inf"))).to(length.dtype)
 
 
 def _unit_scale(x, dim=-1):
@@ -196,11 +197,6 @@ def _unit_scale(x, dim=-1):
     length = _length(x, dim)
     length = length.masked_fill(length == float("inf"), float("nan"))
     return 1 / length.masked_fill(length == 0, float("inf"))
-
-
-def _narrow(lengths, x):
-    """Lengths in the dtype of an x in bfloat16: with another, x would be copied there and back."""
-    return lengths.to(x.dtype) if x.dtype == torch.bfloat16 else lengths
 
 
 def _computes_in_float16(x):
