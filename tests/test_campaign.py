@@ -8,13 +8,11 @@ import time
 from fnmatch import fnmatch
 from pathlib import Path
 
+import campaign
 import pytest
+from experiments import ARCHIVE, EXPERIMENTS, Experiment
 
-
-import campaign  # noqa: E402
-from experiments import ARCHIVE, EXPERIMENTS, Experiment  # noqa: E402
-
-from xvit_minimal.recipe import recipe  # noqa: E402
+from xvit_minimal.recipe import recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = dict(data="shapes", model="xvit_pico", dim=16, depth=1, limit=40, size=16, epochs=2)
