@@ -159,8 +159,8 @@ def _split_heads(qkv, num_heads, x, key_padding_mask, num_queries):
 
 
 def _length(x, dim=-1):
-    """‖x‖ along dim (size 1 there): in float32 for float16, whose squares overflow above 256; else in
-    x's dtype, as another would cost a tensor in bfloat16 a copy."""
+    """‖x‖ along dim (size 1 there): in float32 for float16, whose squares overflow above 256, else
+    in x's dtype, as another would cost a tensor in bfloat16 a copy."""
     dtype = torch.float32 if x.dtype == torch.float16 else x.dtype
     return torch.linalg.vector_norm(x, dim=dim, keepdim=True, dtype=dtype)
 
