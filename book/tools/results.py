@@ -29,6 +29,7 @@ from sync import ROOT, chapters, write
 from xvit_minimal import SoftmaxAttention, XNormAttention
 
 RECORD = "book/runs/bench/attention-cpu.json"
+GPU_RECORD = "book/runs/bench/attention-gpu.json"
 NAMES = {  # of the attentions compared in chapter 13
     "xnorm": "X-ViT",
     "softmax": "softmax",
@@ -89,6 +90,27 @@ def attention_figures(run):
         rows = {name: row(run, *which, N) for name, which in measured.items()}
         figures["lengths"].append({"tokens": N, "side": PATCH * round(N**0.5), **rows})
     return figures
+
+
+def gpu_figures():
+    """X-ViT's attention beside FlashAttention, forward; memory is X-ViT's over FlashAttention's."""
+    run = record(GPU_RECORD)
+    rows = [r for r in run["results"] if (r["what"], r["pass"]) == ("contiguous", "forward")]
+    for r in rows:
+        r["compiled"] = {key: r[f"compiled_{key}"] for key in ("ratio", "ratio_min", "ratio_max")}
+        r["compiled_memory"] = r["xnorm_compiled_peak_bytes"] / r["softmax_peak_bytes"]
+    return {
+        "lengths": rows,
+        "name": run["hardware"]["gpu"],
+        "driver": run["hardware"]["driver"],
+        "heads": run["config"]["heads"],
+        "channels": run["config"]["channels_per_head"],
+        "batch": run["config"]["tokens_in_a_batch"],
+        "torch": run["versions"]["torch"],
+        "rounds": run["config"]["rounds"],
+        "command": run["command"],
+        "path": GPU_RECORD,
+    }
 
 
 def record_figures(run):
@@ -214,6 +236,7 @@ def figures(run):
     pages = {int(path.stem[:2]): f"{path.parent.name}/{path.stem}" for path in chapters()}
     return {
         "attention": attention_figures(run),
+        "gpu": gpu_figures(),
         "record": record_figures(run),
         "lines": {"gone": gone, "come": come},
         **classification_figures(),
@@ -252,6 +275,8 @@ def blocks(run):
         "claims": render("claims", **known, links=True),
         "claims, plain": render("claims", **known, links=False),
         "speed": render("speed", **known),
+        "gpu": render("gpu", **known, link=GPU_RECORD.removeprefix("book/")),
+        "gpu, plain": render("gpu", **known, link=GPU_RECORD),
         "models": render("models", **known),
         "record": render("record", **known, link=RECORD.removeprefix("book/")),
         "record, plain": render("record", **known, link=RECORD),
