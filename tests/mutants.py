@@ -139,6 +139,7 @@ def of_chapter(path, count, seed):
         (n, *mutant)
         for n, source in enumerate(sources)
         if not source.startswith(("# xvit_minimal/", "# Set-up"))
+        and "hide-input" not in cells[n].metadata.get("tags", [])  # a picture's
         for mutant in mutants(source)
     ]
     for n, line, words, source in sorted(random.Random(seed).sample(every, min(count, len(every)))):
