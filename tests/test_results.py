@@ -113,7 +113,7 @@ def test_records_of_held_out_epochs_and_older_ones_read_alike(run, monkeypatch):
 
     def held_out(*name):
         read = record(*name)
-        if read["kind"] == "train":
+        if read["kind"] == "train" and read.get("code", 1) == 1:
             assert any(key.startswith("test_") for row in read["epochs"] for key in row)
             read["epochs"] = [{"epoch": row["epoch"], "val_top1": 0.1} for row in read["epochs"]]
         return read

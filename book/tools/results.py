@@ -37,6 +37,8 @@ NAMES = {  # of the attentions compared in chapter 13
     "linear": "linear attention",
     "efficient": "efficient attention",
     "sima": "SimA",
+    "focused": "focused attention",
+    "mala": "MALA",
     "none": "no mixing",
 }
 MODELS = {"xvit": "xvit_small", "xcit": "xcit_small_12_p16_224", "deit": "deit_small_patch16_224"}
@@ -153,9 +155,12 @@ def percent(run, score):
 
 
 def seeds(attention, pattern):
-    """Name, mean and standard deviation of the runs of chapter 13 that match, one a seed."""
+    """Name, mean and standard deviation of the runs of chapter 13 that match, one a seed; None
+    while there are fewer than three."""
     paths = sorted((RUNS / "train").glob(f"{pattern}-[0-9].json"))
     found = [percent(record(path.relative_to(RUNS).as_posix()), "top1") for path in paths]
+    if len(found) < 3:
+        return None
     return {
         "name": NAMES[attention],
         "percent": statistics.mean(found),
@@ -171,13 +176,18 @@ def single_runs(data, attentions, score):
 
 def classification_figures():
     """Of the claim about classification: chapters 11 to 13."""
-    compared = [seeds(a, f"study/{a}") for a in NAMES]
+    compared = [found for a in NAMES if (found := seeds(a, f"study/{a}"))]
+    matched = [found for a in NAMES if (found := seeds(a, f"matched/small-{a}"))]
     small = record("train/cifar10-second.json")
     return {
         "study": {
             "parameters": record("train/study/xnorm-0.json")["parameters"],
             "attentions": sorted(compared, key=lambda found: found["percent"], reverse=True),
             "twice_the_rate": [seeds(a, f"rates/{a}-0.002") for a in ("xnorm", "softmax")],
+        },
+        "matched": {
+            "parameters": record("train/matched/small-xnorm-0.json")["parameters"],
+            "attentions": sorted(matched, key=lambda found: found["percent"], reverse=True),
         },
         "cifar10": {"parameters": small["parameters"], "percent": percent(small, "top1")},
         "imagenette": single_runs("imagenette", ("xnorm", "softmax"), "top1"),
