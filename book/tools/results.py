@@ -105,13 +105,20 @@ def gpu_figures():
         "lengths": rows,
         "name": run["hardware"]["gpu"],
         "driver": run["hardware"]["driver"],
+        "batch": run["config"]["tokens_in_a_batch"],
+        **setting(run),
+        "path": GPU_RECORD,
+    }
+
+
+def setting(run):
+    """What the records of the attention's speed say alike."""
+    return {
         "heads": run["config"]["heads"],
         "channels": run["config"]["channels_per_head"],
-        "batch": run["config"]["tokens_in_a_batch"],
         "torch": run["versions"]["torch"],
         "rounds": run["config"]["rounds"],
         "command": run["command"],
-        "path": GPU_RECORD,
     }
 
 
@@ -120,11 +127,7 @@ def record_figures(run):
     return {
         "cpu": run["hardware"]["cpu"],
         "threads": run["hardware"]["cores"],
-        "heads": run["config"]["heads"],
-        "channels": run["config"]["channels_per_head"],
-        "torch": run["versions"]["torch"],
-        "rounds": run["config"]["rounds"],
-        "command": run["command"],
+        **setting(run),
         "path": RECORD,
         "fitted_from": min(FITTED),
         "fitted_batch": run["config"]["tokens_in_a_batch_for_slopes"],
