@@ -72,7 +72,8 @@ class Job:
                 continue  # its making was cut short
             code = re.search(r"^CODE = (\d+)", (tree / "xvit_minimal/record.py").read_text(), re.M)
             begun = tree / f"runs/{self.name}"
-            if code and int(code[1]) == record.CODE and (begun / "checkpoint.pt").exists():
+            saved = [*begun.glob("checkpoint.pt"), *begun.glob("checkpoint.previous.pt")]
+            if code and int(code[1]) == record.CODE and saved:
                 return begun
         return None
 
