@@ -216,4 +216,34 @@ BEST = (
     ),
 )
 
-EXPERIMENTS = RECIPE + TUNING + SMALL_MATCHED + LARGE_TUNING + LARGE_MATCHED + BEST
+# Chapter 13: which parts of X-ViT's attention matter for what is learned, where nothing but the
+# attention mixes tokens: a body without convolutions between them, the mean over the tokens at the
+# end, 0.22 M parameters, 10,000 pictures, 6 epochs of AdamW at 1e-3, three seeds. All begin with
+# the same first weights, seed by seed. Twelve are compared with X-ViT, and "xnorm-l1-loud" with
+# "xnorm-l1" as well. The question behind four of them: is it the size of the first step that makes
+# the difference? Then X-ViT's attention has to lose when it starts quiet, and L1 norms have to gain
+# when they start loud. The rows "-lpi" have the block's convolutions: what does an attention add
+# beside them? There "none" and softmax are compared with X-ViT. In all 15 comparisons, by the test
+# of the comparison above, with the luck of the runs.
+PARTS_COMPARED = (
+    *("xnorm", "xnorm-quiet", "xnorm-l1", "xnorm-l1-loud", "xnorm-random-gamma", "none", "softmax"),
+    *("xnorm-rows", "xnorm-kv-only", "xnorm-q-only", "xnorm-centred"),
+    *("xnorm-fixed-gamma", "xnorm-shared-gamma", "xnorm-lpi", "none-lpi", "softmax-lpi"),
+)
+PARTS = tuple(
+    Experiment(
+        f"parts/{row}",
+        "which parts of X-ViT's attention matter?",
+        {
+            **CIFAR,
+            **dict(attention=row.removesuffix("-lpi"), class_depth=0, lpi=row.endswith("-lpi")),
+            **dict(limit=10_000, epochs=6, batch_size=64, optimizer="adamw", lr=1e-3, ema=0.99),
+            **dict(warmup=1, augment="shift", mix=0.0, drop_path=0.0, amp=True),
+        },
+        minutes=1.5,
+        priority=40,
+    )
+    for row in PARTS_COMPARED
+)
+
+EXPERIMENTS = RECIPE + TUNING + SMALL_MATCHED + LARGE_TUNING + LARGE_MATCHED + BEST + PARTS

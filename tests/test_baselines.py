@@ -300,7 +300,7 @@ def loop_variant(name, q, k, v, gamma_q, gamma_kv):
         length = sum(abs(y) ** power for y in x) ** (1 / power)
         return [y / length for y in x]
 
-    how = {"power": 1 if name == "xnorm-l1" else 2, "centre": name == "xnorm-centred"}
+    how = {"power": 1 if name.startswith("xnorm-l1") else 2, "centre": name == "xnorm-centred"}
     kv = [[sum(k[n, c] * v[n, j] for n in range(N)) for j in range(d)] for c in range(d)]  # [c][j]
     if name == "xnorm-rows":
         kv = [unit(row) for row in kv]
@@ -348,6 +348,21 @@ def test_variants_start_from_the_package_s_attention():
         assert relative(other(x), ours(x)) > 1e-2, f"{name} computes the same"
 
 
+@pytest.mark.parametrize("name", [*ATTENTIONS.keys() - {"focused", "mala"}, *VARIANTS])
+def test_the_same_seed_draws_the_same_first_weights_whatever_the_attention(name):
+    """FocusedAttention and MagnitudeAwareAttention draw filters of their own in between."""
+
+    def first(attention):
+        torch.manual_seed(0)
+        return XViT(16, 3, dim=16, depth=2, num_heads=2, attention=attention, class_depth=0)
+
+    ours, other = first(ATTENTIONS["xnorm"]).state_dict(), first(ALL[name]).state_dict()
+    shared = ours.keys() & other.keys()
+    changed = {key for key in shared if not torch.equal(ours[key], other[key])}
+    assert {key for key in ours if "gamma" not in key} <= shared
+    assert all("gamma" in key for key in changed)
+
+
 def test_gammas_of_the_variants():
     fixed = VARIANTS["xnorm-fixed-gamma"](12, 3)
     assert (
@@ -363,6 +378,10 @@ def test_gammas_of_the_variants():
         n for n, _ in shared.named_parameters() if "gamma" in n
     ] == ["gamma_q"]
     assert abs(drawn.gamma_q.mean()) < 0.15 and abs(drawn.gamma_q.std() - 1) < 0.1
+    for name, start in (("xnorm-quiet", 0.1), ("xnorm-l1-loud", 10)):
+        module = VARIANTS[name](12, 3)
+        assert torch.allclose(module.gamma_q, torch.tensor(float(start)))
+        assert (module.gamma_kv == 1).all() and module.gamma_q.requires_grad
 
 
 # --- what sets one apart from another

@@ -239,7 +239,8 @@ class XNormRandomGamma(XNormSharedGamma):
 
     def __init__(self, dim, num_heads=8, qkv_bias=False):
         super().__init__(dim, num_heads, qkv_bias)
-        nn.init.normal_(self.gamma_q)
+        with torch.random.fork_rng(devices=[]):  # the weights drawn after it stay X-ViT's own
+            nn.init.normal_(self.gamma_q)
 
 
 class XNormKVOnly(_XNormVariant):
@@ -264,6 +265,22 @@ class XNormL1(_XNormVariant):
 
     def norm_kv(self, kv):
         return self.gamma_kv * _unit_l1(kv, dim=-2)  # (B, h, d, d)
+
+
+class XNormQuiet(_XNormVariant):
+    """γ_q starts at 0.1: X-ViT's attention, at first a tenth as loud."""
+
+    def __init__(self, dim, num_heads=8, qkv_bias=False):
+        super().__init__(dim, num_heads, qkv_bias)
+        nn.init.constant_(self.gamma_q, 0.1)
+
+
+class XNormL1Loud(XNormL1):
+    """L1 norms again, but γ_q starts at 10: at first about as loud as X-ViT's attention."""
+
+    def __init__(self, dim, num_heads=8, qkv_bias=False):
+        super().__init__(dim, num_heads, qkv_bias)
+        nn.init.constant_(self.gamma_q, 10)
 
 
 class XNormCentred(_XNormVariant):
@@ -320,4 +337,6 @@ VARIANTS = {
     "xnorm-q-only": XNormQOnly,
     "xnorm-l1": XNormL1,
     "xnorm-centred": XNormCentred,
+    "xnorm-quiet": XNormQuiet,
+    "xnorm-l1-loud": XNormL1Loud,
 }
