@@ -178,7 +178,7 @@ def classification_figures():
     """Of the claim about classification: chapters 11 to 13."""
     compared = [seeds(a, f"study/{a}") for a in NAMES if a not in ("focused", "mala")]
     matched = [seeds(a, f"matched/small-{a}") for a in NAMES]
-    small = record("train/cifar10-second.json")
+    small = record("train/best/1m-0.json")
     return {
         "study": {
             "parameters": record("train/study/xnorm-0.json")["parameters"],
